@@ -1,0 +1,46 @@
+// CPU kernels choose their instruction set at run time.
+//
+// CMake compiles every <op>_cpu.cpp once per instruction set, each time with TRANCHE_ISA set to the name of
+// the namespace (baseline, avx2, avx512, amx) and with that set's compiler flags. Everything a CPU kernel
+// file and the headers it includes define must live in that namespace: were two copies of one inline
+// function to share a name, the linker would keep one, and an older machine would meet AVX-512 code.
+#pragma once
+
+#include <cstdint>
+
+namespace tranche {
+
+enum class Isa : int32_t {
+  baseline,  // x86-64 as the ABI defines it, or any other processor
+  avx2,      // AVX2, FMA, F16C
+  avx512,    // AVX-512 F, BW, DQ, VL, VNNI, BF16
+  amx,       // the former, and AMX tiles with BF16 and INT8
+};
+
+// The best set that this processor and operating system offer, or the one that TRANCHE_ISA names in the
+// environment if that is lower. Decided once per process.
+Isa isa();
+const char* isa_name(Isa);
+
+}  // namespace tranche
+
+// Defines `void name(const Params&)` as the choice among the namespaces' functions of the same name.
+#if defined(__x86_64__)
+#define TRANCHE_ISA_DISPATCH(name, Params)                          \
+  namespace baseline { void name(const Params&); }                  \
+  namespace avx2 { void name(const Params&); }                      \
+  namespace avx512 { void name(const Params&); }                    \
+  namespace amx { void name(const Params&); }                       \
+  void name(const Params& params) {                                 \
+    switch (isa()) {                                                \
+      case Isa::amx: return amx::name(params);                      \
+      case Isa::avx512: return avx512::name(params);                \
+      case Isa::avx2: return avx2::name(params);                    \
+      case Isa::baseline: return baseline::name(params);            \
+    }                                                               \
+  }
+#else
+#define TRANCHE_ISA_DISPATCH(name, Params)                          \
+  namespace baseline { void name(const Params&); }                  \
+  void name(const Params& params) { baseline::name(params); }
+#endif
