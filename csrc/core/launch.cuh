@@ -1,0 +1,75 @@
+// How kernels are written and launched, on a GPU and in the simulator alike. A kernel source uses CUDA's own
+// words (__global__, __syncthreads, __shfl_xor_sync, threadIdx...) and, in place of what a host compiler cannot
+// parse, the few macros and functions of this file and of ptx.cuh.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "core/numeric.h"
+
+#if defined(TRANCHE_SIM)
+#include "sim/cuda.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace tranche {
+
+// What one launch asks for; blocks and threads as CUDA counts them.
+struct LaunchShape {
+  dim3 grid;
+  dim3 block;
+  size_t dynamic_smem = 0;  // bytes
+};
+
+#if defined(TRANCHE_SIM)
+
+template <class Params>
+void launch(const char* name, void (*kernel)(Params), const LaunchShape& shape, void* /*stream*/,
+            const Params& params) {
+  if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
+  sim::launch(name, shape.grid, shape.block, shape.dynamic_smem, [&] { kernel(params); });
+}
+
+#else
+
+// A block's static shared memory: SHARED(float, sums, 32) declares float sums[32].
+#define SHARED(T, name, count) __shared__ T name[count]
+
+// The block's dynamic shared memory, 128-byte aligned.
+template <class T>
+__device__ __forceinline__ T* dynamic_smem() {
+  extern __shared__ __align__(128) unsigned char tranche_dynamic_smem[];
+  return reinterpret_cast<T*>(tranche_dynamic_smem);
+}
+
+inline void check_cuda(cudaError_t status, const char* kernel, const char* what) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string("tranche: ") + what + " of kernel " + kernel + " failed: " +
+                           cudaGetErrorString(status));
+}
+
+// The one place where a kernel is launched. An empty grid is no launch; a launch that the device refuses
+// throws and names the kernel.
+template <class Params>
+void launch(const char* name, void (*kernel)(Params), const LaunchShape& shape, void* stream,
+            const Params& params) {
+  if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
+  if (shape.grid.y > 65535 || shape.grid.z > 65535 || shape.block.x * shape.block.y * shape.block.z > 1024) {
+    throw std::runtime_error(std::string("tranche: kernel ") + name + ": grid or block exceeds CUDA's limits");
+  }
+  if (shape.dynamic_smem > 48 * 1024) {
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.dynamic_smem)),
+               name, "the request for shared memory");
+  }
+  kernel<<<shape.grid, shape.block, shape.dynamic_smem, static_cast<cudaStream_t>(stream)>>>(params);
+  check_cuda(cudaGetLastError(), name, "the launch");
+}
+
+#endif
+
+}  // namespace tranche
