@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor> tree_ancestors(const Tensor& parent, const Tensor& n_
   const TensorChecks check("tree_ancestors");
   check.dim("parent", parent, 2, "[B, N]");
   check.dtype("parent", parent, {ScalarType::Int});
-  check.contiguous("parent", parent);
+  check.last_contiguous("parent", parent);
   const int64_t batch = parent.size(0), nodes = parent.size(1), words = (nodes + 63) / 64;
   check_node_count(check, nodes);
   check.exactly("n_nodes", n_nodes, ScalarType::Int, {batch}, "[B]", "parent", parent);
@@ -43,6 +43,7 @@ std::tuple<Tensor, Tensor> tree_ancestors(const Tensor& parent, const Tensor& n_
   params.n_nodes = data<int32_t>(n_nodes);
   params.ancestors = mutable_data<int64_t>(ancestors);
   params.depth = mutable_data<int32_t>(depth);
+  params.parent_stride = parent.stride(0);
   params.batch = int32_t(batch);
   params.nodes = int32_t(nodes);
   params.words = int32_t(words);

@@ -2,13 +2,12 @@
 #pragma once
 
 #include "core/torch_glue.h"
+#include "tree/tree_ancestors.h"
 
 namespace tranche {
 
-constexpr int64_t kMaxNodes = 1024;
-
 inline void check_node_count(const TensorChecks& check, int64_t nodes) {
-  check.that(nodes <= kMaxNodes, concat("at most ", kMaxNodes, " nodes in a tree"), concat(nodes),
+  check.that(nodes <= kMaxTreeNodes, concat("at most ", kMaxTreeNodes, " nodes in a tree"), concat(nodes),
              "Prune the tree, or feed a long prompt as chained chunks (Tree.chain).");
 }
 
