@@ -39,12 +39,16 @@ class Checks {
     }
   }
 
-  // An index or a length that the host read from a tensor: name[position] in [low, high].
+  // What the host read from a tensor: as `that`, and an IndexError.
+  void index(bool holds, const std::string& expected, const std::string& got, const std::string& remedy) const {
+    if (!holds) throw std::out_of_range(message(expected, got, remedy));
+  }
+
+  // name[position] in [low, high].
   void in_range(const char* name, int64_t position, int64_t got, int64_t low, int64_t high,
                 const std::string& remedy) const {
     if (got < low || got > high) {
-      throw std::out_of_range(
-          message(concat(name, "[", position, "] in [", low, ", ", high, "]"), concat(got), remedy));
+      index(false, concat(name, "[", position, "] in [", low, ", ", high, "]"), concat(got), remedy);
     }
   }
 

@@ -100,10 +100,11 @@ void check_lengths(const TensorChecks& check, const Arguments& a) {
   const HostValues<int32_t> lengths(a.cache_seqlens), counts(a.n_nodes);
   check_n_nodes(check, counts, a.batch(), a.nodes());
   for (int64_t b = 0; b < a.batch(); ++b) {
-    check.in_range("cache_seqlens", b, lengths[b], 0, a.capacity() - counts[b],
-                   a.block_table ? concat("block_table has room for ", a.capacity(), " slots: give it more pages.")
-                                 : concat("The cache holds ", a.capacity(), " slots: committed tokens and the "
-                                          "tree's nodes must fit."));
+    check.in_range("cache_seqlens", b, lengths[b], 0, a.capacity(), "It counts the committed tokens in the cache.");
+    const int64_t used = int64_t(lengths[b]) + counts[b];
+    check.index(used <= a.capacity(), concat("cache_seqlens[", b, "] + n_nodes[", b, "] <= ", a.capacity()), concat(used),
+                a.block_table ? "Give block_table more pages: the tree's nodes need slots too."
+                              : "Allocate a longer cache: the tree's nodes need slots too.");
   }
   if (!a.block_table) return;
   const HostValues<int32_t> pages(*a.block_table);

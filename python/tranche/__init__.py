@@ -5,6 +5,7 @@ functions and modules; the raw ops behind them are `torch.ops.tranche.<family>_<
 """
 
 from tranche import _library
+from tranche import limits as limits
 from tranche import tree as tree
 
 __version__ = _library.VERSION
