@@ -44,6 +44,6 @@ def math_limit(device: str, kind: MathKind, repeats: int = 3) -> float:
         timer.prepare(call)
         operations = float(call(0)[:, 0].sum())
         seconds = min(timer.seconds(call) for _ in range(repeats))
-        if seconds > 2e-3:
+        if seconds > 2e-2:
             return operations / seconds
-        iterations *= 2 ** max(1, math.ceil(math.log2(4e-3 / max(seconds, 1e-6))))
+        iterations *= 2 ** max(1, math.ceil(math.log2(4e-2 / max(seconds, 1e-6))))

@@ -15,6 +15,8 @@ Tensor limit_math(const Tensor& like, int64_t kind, int64_t iterations) {
   LimitMathParams params{};
 #if defined(TRANCHE_BACKEND_CPU)
   params.parts = num_threads();
+#elif defined(TRANCHE_BACKEND_SIM)
+  params.parts = 2;
 #else
   params.parts = 1024;
 #endif
