@@ -149,4 +149,4 @@ void limit_math(const LimitMathParams& p) {
 
 }  // namespace tranche::cpu::TRANCHE_ISA
 
-TRANCHE_CPU_ENTRY(limit_math, LimitMathParams)
+TRANCHE_CPU_ENTRY(void, limit_math, LimitMathParams)

@@ -35,4 +35,4 @@ void limit_read(const LimitReadParams& p) {
 
 }  // namespace tranche::cpu::TRANCHE_ISA
 
-TRANCHE_CPU_ENTRY(limit_read, LimitReadParams)
+TRANCHE_CPU_ENTRY(void, limit_read, LimitReadParams)

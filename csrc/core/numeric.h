@@ -11,7 +11,9 @@
 #if defined(__CUDACC__)
 #define TRANCHE_HD __host__ __device__ __forceinline__
 #else
-#define TRANCHE_HD inline
+// Always inlined: CPU kernels compile this file once per instruction set, and an out-of-line copy would be one
+// weak symbol for all of them.
+#define TRANCHE_HD inline __attribute__((always_inline))
 #endif
 
 namespace tranche {

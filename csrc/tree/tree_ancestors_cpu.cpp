@@ -41,4 +41,4 @@ void tree_ancestors(const TreeAncestorsParams& p) {
 
 }  // namespace tranche::cpu::TRANCHE_ISA
 
-TRANCHE_CPU_ENTRY(tree_ancestors, TreeAncestorsParams)
+TRANCHE_CPU_ENTRY(void, tree_ancestors, TreeAncestorsParams)

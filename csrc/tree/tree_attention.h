@@ -44,6 +44,7 @@ struct TreeAttentionParams {
   float softcap;                  // 0, or: scores become softcap * tanh(scores / softcap)
   int64_t window;                 // 0, or: a key is visible iff its position > the row's position - window
   bool exact;                     // lay the arithmetic out by key position instead of by slot
+  double scale_f64;               // scale before it was rounded to float: what fp64 uses
 };
 
 namespace cpu {
