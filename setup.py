@@ -74,6 +74,9 @@ class CMakeBuild(build_ext):
             f"-DTRANCHE_CUDA_ARCH_LIST={os.environ.get('TORCH_CUDA_ARCH_LIST', '')}",
             f"-DTRANCHE_VERSION={self.distribution.get_version()}",
         ]  # fmt: skip
+        # a library that this build leaves out must not linger from an earlier one
+        for stale in (*package.glob("lib*.so"), *package.glob("_host*.so")):
+            stale.unlink()
         for command in (configure, ["cmake", "--build", str(build), "-j", str(jobs())], ["cmake", "--install", str(build)]):
             if subprocess.run(command).returncode != 0:
                 fail(f"`{' '.join(command[:2])}` failed; the reason stands above.")

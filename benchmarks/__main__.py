@@ -40,7 +40,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    console = Console()
+    # a log has no edge to fit into
+    console = Console(width=None if sys.stdout.isatty() else 160)
     rows = []
     for family in arguments.families or FAMILIES:
         rows += importlib.import_module(f"benchmarks.{family}").rows(arguments.device)

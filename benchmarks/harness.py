@@ -148,12 +148,15 @@ def run(rows: Iterable[Row], device: str, wanted: set[str] | None, quick: bool, 
 
 def show(results: list[Result], console: Console) -> None:
     """The table a person reads."""
-    table = Table("row", "us (quartiles)", "GB/s", "GFLOP/s", "% of limit", "error", "times each baseline")
+    table = Table(show_lines=True)
+    for title in ("row", "us (quartiles)", "GB/s", "GFLOP/s", "% of limit", "error", "times each baseline"):
+        table.add_column(title, no_wrap=True)
     for r in results:
-        ratios = "\n".join(f"{v[0]:.2f}x {name} ({v[1]:.2f}..{v[2]:.2f})" for name, v in r.ratios.items())
+        ratios = "\n".join(f"{v[0]:.2f} {name} ({v[1]:.2f}..{v[2]:.2f})" for name, v in r.ratios.items())
         warm = "" if r.warm_microseconds is None else f"\nwarm {r.warm_microseconds:.1f}"
+        op, _, shape = r.name.partition(" ")
         table.add_row(
-            r.name,
+            f"{op}\n{shape}",
             f"{r.microseconds:.1f} ({r.spread[0]:.1f}..{r.spread[1]:.1f}){warm}",
             f"{r.gigabytes_per_second:.1f}",
             f"{r.gigaflops:.0f}",

