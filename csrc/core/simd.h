@@ -50,6 +50,7 @@ TRANCHE_INLINE Mask vlt(Vec x, Vec y) { return _mm512_cmp_ps_mask(x, y, _CMP_LT_
 TRANCHE_INLINE Mask veq(Vec x, Vec y) { return _mm512_cmp_ps_mask(x, y, _CMP_EQ_OQ); }
 TRANCHE_INLINE Vec vselect(Mask m, Vec yes, Vec no) { return _mm512_mask_blend_ps(m, no, yes); }
 TRANCHE_INLINE bool vall(Mask m) { return m == 0xffff; }
+TRANCHE_INLINE bool vany(Mask m) { return m != 0; }
 TRANCHE_INLINE Mask mask_of_bits(uint32_t bits) { return Mask(bits); }
 // Lanes with limit[lane] < x.
 TRANCHE_INLINE Mask mask_above(int32_t x, const int32_t* limit) {
@@ -78,6 +79,7 @@ TRANCHE_INLINE Mask vlt(Vec x, Vec y) { return _mm256_cmp_ps(x, y, _CMP_LT_OQ); 
 TRANCHE_INLINE Mask veq(Vec x, Vec y) { return _mm256_cmp_ps(x, y, _CMP_EQ_OQ); }
 TRANCHE_INLINE Vec vselect(Mask m, Vec yes, Vec no) { return _mm256_blendv_ps(no, yes, m); }
 TRANCHE_INLINE bool vall(Mask m) { return _mm256_movemask_ps(m) == 0xff; }
+TRANCHE_INLINE bool vany(Mask m) { return _mm256_movemask_ps(m) != 0; }
 TRANCHE_INLINE Mask mask_of_bits(uint32_t bits) {
   const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i set = _mm256_and_si256(_mm256_set1_epi32(int(bits)), lanes);
@@ -116,6 +118,7 @@ TRANCHE_INLINE Mask veq(Vec x, Vec y) { return x == y; }
 TRANCHE_INLINE Vec vmax(Vec x, Vec y) { return vselect(x > y, x, y); }
 TRANCHE_INLINE Vec vabs(Vec x) { return Vec(Mask(x) & Mask{0x7fffffff, 0x7fffffff, 0x7fffffff, 0x7fffffff}); }
 TRANCHE_INLINE bool vall(Mask m) { return (m[0] & m[1] & m[2] & m[3]) != 0; }
+TRANCHE_INLINE bool vany(Mask m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
 TRANCHE_INLINE Mask mask_of_bits(uint32_t bits) {
   const Mask lanes = {1, 2, 4, 8};
   const int32_t b = int32_t(bits);

@@ -166,6 +166,12 @@ inline Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> shape,
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
 }
 
+// As above, filled with zeros on the current stream (on CUDA a launch of its own: for counters, not for data).
+inline Tensor zeros_on(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
+  const std::vector<int64_t> sizes(shape);
+  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
+}
+
 // ---- calling a kernel and registering an op -----------------------------------------------------------------
 
 // KERNEL(name): the backend's host function. RUN_KERNEL(name, params, tensor): its kernel, on the tensor's

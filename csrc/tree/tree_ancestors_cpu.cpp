@@ -1,30 +1,17 @@
-// One pass in order: a parent's row is complete before its children copy it.
+// A tree is a task.
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "tree/tree_ancestors.h"
+#include "tree/tree_ancestors_cpu.h"
 
 namespace tranche::cpu::TRANCHE_ISA {
 
 namespace {
 
 void one_tree(const TreeAncestorsParams& p, int64_t b) {
-  const int32_t* parents = p.parent + b * p.parent_stride;
-  int64_t* rows = p.ancestors + b * p.nodes * p.words;
-  int32_t* depth = p.depth + b * p.nodes;
-  const int64_t words = p.words;
   const int32_t count = p.n_nodes[b] < 0 ? 0 : (p.n_nodes[b] > p.nodes ? p.nodes : p.n_nodes[b]);
-
-  for (int64_t i = 0; i < p.nodes; ++i) {
-    int64_t* row = rows + i * words;
-    int64_t parent = -1;
-    if (i > 0 && i < count) {
-      parent = parents[i];
-      if (parent < 0 || parent >= i) parent = 0;
-    }
-    for (int64_t w = 0; w < words; ++w) row[w] = parent < 0 ? 0 : rows[parent * words + w];
-    depth[i] = parent < 0 ? 0 : depth[parent] + 1;
-    if (i < count) row[i / 64] = int64_t(uint64_t(row[i / 64]) | uint64_t(1) << (i % 64));
-  }
+  write_ancestors(p.parent + b * p.parent_stride, count, p.nodes, p.words, p.ancestors + b * p.nodes * p.words,
+                  p.depth + b * p.nodes);
 }
 
 }  // namespace

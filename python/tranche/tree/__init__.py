@@ -1,9 +1,28 @@
-"""Draft trees for speculative decoding: their structure, and attention of their nodes over a KV cache.
+"""Draft trees for speculative decoding: growing them, attention of their nodes over a KV cache, keeping what holds.
 
 Every index tensor is int32 unless said, token ids are int64, and all live on the device of the data.
 """
 
+from tranche.tree.accepted import Accepted
+from tranche.tree.cache import compact_cache_, write_cache_
+from tranche.tree.growth import CandidatePool, Candidates, Level, chosen_candidates, expand_beam, select_tree
+from tranche.tree.modules import KVCache, TreeAttention
 from tranche.tree.ops import tree_ancestors, tree_attention
 from tranche.tree.structure import Tree
 
-__all__ = ["Tree", "tree_ancestors", "tree_attention"]
+__all__ = [
+    "Accepted",
+    "CandidatePool",
+    "Candidates",
+    "KVCache",
+    "Level",
+    "Tree",
+    "TreeAttention",
+    "chosen_candidates",
+    "compact_cache_",
+    "expand_beam",
+    "select_tree",
+    "tree_ancestors",
+    "tree_attention",
+    "write_cache_",
+]

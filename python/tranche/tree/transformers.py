@@ -6,6 +6,7 @@
     cache = TreeCache(model, batch=1, capacity=4096)
     prefill(model, cache, prompt)                      # commits the prompt
     logits = evaluate(model, cache, node_tokens, tree) # all nodes of the tree in one pass
+    cache.commit_(accepted)                            # keeps the accepted path
 
 Any causal model whose attention goes through `AttentionInterface` will do (Llama, Mistral, Qwen2, Qwen3, ...).
 """
@@ -19,6 +20,8 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from tranche.tree.accepted import Accepted
+from tranche.tree.cache import compact_cache_, write_cache_
 from tranche.tree.ops import tree_attention
 from tranche.tree.structure import Tree
 
@@ -34,6 +37,7 @@ class TreeCache(Cache):
         keys: one tensor [B, S, Hkv, D] per layer.
         values: likewise.
         seqlens: int32 [B], committed tokens of each sequence.
+        tree: the trees of the pass under way, whose n_nodes say which rows are real; None: chains, all rows real.
     """
 
     def __init__(self, model: PreTrainedModel, batch: int, capacity: int):
@@ -43,28 +47,37 @@ class TreeCache(Cache):
         heads = config.num_key_value_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.capacity = capacity
-        # Padding rows of a ragged batch may point past the end: they are sent to one slot that nobody reads.
-        shape = (batch, capacity + 1, heads, head_dim)
+        shape = (batch, capacity, heads, head_dim)
 
-        def slots() -> Tensor:
-            return torch.zeros(shape, dtype=model.dtype, device=model.device)
+        def slots() -> list[Tensor]:
+            return [
+                torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(config.num_hidden_layers)
+            ]
 
-        self._storage = [(slots(), slots()) for _ in range(config.num_hidden_layers)]
-        self.keys = [k[:, :capacity] for k, _ in self._storage]
-        self.values = [v[:, :capacity] for _, v in self._storage]
+        self.keys = slots()
+        self.values = slots()
         self.seqlens = torch.zeros(batch, dtype=torch.int32, device=model.device)
+        self.tree: Tree | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write the nodes' keys and values [B, Hkv, N, D]; returns the layer's whole cache, [B, Hkv, S, D]."""
         batch, _, nodes, _ = key_states.shape
-        node = torch.arange(nodes, device=key_states.device)
-        slot = (self.seqlens[:, None] + node).clamp(max=self.capacity).long()
-        row = torch.arange(batch, device=key_states.device)[:, None].expand(batch, nodes)
-        for storage, states in zip(self._storage[layer_idx], (key_states, value_states), strict=True):
-            storage.index_put_((row, slot), states.transpose(1, 2))
+        tree = Tree.chain(nodes, batch, key_states.device) if self.tree is None else self.tree
+        write_cache_(
+            key_states.transpose(1, 2),
+            value_states.transpose(1, 2),
+            self.keys[layer_idx],
+            self.values[layer_idx],
+            self.seqlens,
+            tree,
+        )
         return self.keys[layer_idx].transpose(1, 2), self.values[layer_idx].transpose(1, 2)
+
+    def commit_(self, accepted: Accepted) -> None:
+        """Keep the accepted path of each tree in every layer, and advance `seqlens`."""
+        compact_cache_([*self.keys, *self.values], accepted, self.seqlens)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The longest committed sequence (reads it back from the device)."""
@@ -144,8 +157,9 @@ def tranche_tree(
 AttentionInterface.register("tranche_tree", tranche_tree)
 
 
+@torch.no_grad()
 def evaluate(model: PreTrainedModel, cache: TreeCache, tokens: Tensor, tree: Tree, *, exact: bool = False) -> Tensor:
-    """Logits of every node of the trees, in one pass.
+    """Logits of every node of the trees, in one pass, without gradients.
 
     Args:
         model: a causal model with attn_implementation="tranche_tree".
@@ -157,15 +171,19 @@ def evaluate(model: PreTrainedModel, cache: TreeCache, tokens: Tensor, tree: Tre
     Returns:
         [B, N, V]; node i's row predicts the token after node i.
     """
-    return model(
-        input_ids=tokens,
-        position_ids=tree.positions(cache.seqlens),
-        past_key_values=cache,
-        use_cache=True,
-        tree=tree,
-        cache_seqlens=cache.seqlens,
-        exact=exact,
-    ).logits
+    cache.tree = tree
+    try:
+        return model(
+            input_ids=tokens,
+            position_ids=tree.positions(cache.seqlens),
+            past_key_values=cache,
+            use_cache=True,
+            tree=tree,
+            cache_seqlens=cache.seqlens,
+            exact=exact,
+        ).logits
+    finally:
+        cache.tree = None
 
 
 def prefill(model: PreTrainedModel, cache: TreeCache, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
