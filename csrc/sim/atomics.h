@@ -33,7 +33,7 @@ T atomic(T* address, AtomicOp op, T value, T compare, Site site) {
 // The second argument takes no part in deduction: atomicAdd(&unsigned, 1) converts, as CUDA's overloads do.
 #define TRANCHE_SIM_ATOMIC(name, op)                                                                      \
   template <class T>                                                                                      \
-  T name(T* address, std::type_identity_t<T> value, tranche::sim::Site site = TRANCHE_SIM_HERE) {         \
+  T name(T* address, std::type_identity_t<T> value, tranche::sim::Site site = tranche::sim::Site::here()) {         \
     return tranche::sim::atomic<T>(address, tranche::sim::AtomicOp::op, value, T{}, site);                \
   }
 
@@ -49,12 +49,12 @@ TRANCHE_SIM_ATOMIC(atomicDec, decrement)
 #undef TRANCHE_SIM_ATOMIC
 
 template <class T>
-T atomicSub(T* address, std::type_identity_t<T> value, tranche::sim::Site site = TRANCHE_SIM_HERE) {
+T atomicSub(T* address, std::type_identity_t<T> value, tranche::sim::Site site = tranche::sim::Site::here()) {
   return tranche::sim::atomic<T>(address, tranche::sim::AtomicOp::add, T(T{} - value), T{}, site);
 }
 
 template <class T>
 T atomicCAS(T* address, std::type_identity_t<T> compare, std::type_identity_t<T> value,
-            tranche::sim::Site site = TRANCHE_SIM_HERE) {
+            tranche::sim::Site site = tranche::sim::Site::here()) {
   return tranche::sim::atomic<T>(address, tranche::sim::AtomicOp::compare_exchange, value, compare, site);
 }

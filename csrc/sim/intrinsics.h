@@ -145,4 +145,4 @@ void __stcs(T* address, std::type_identity_t<T> value) {
 }
 
 inline long long clock64() { return tranche_sim_clock(); }
-inline void __trap(tranche::sim::Site site = TRANCHE_SIM_HERE) { tranche_sim_trap("__trap", site); }
+inline void __trap(tranche::sim::Site site = tranche::sim::Site::here()) { tranche_sim_trap("__trap", site); }

@@ -10,17 +10,17 @@ namespace tranche::ptx {
 using sim::Site;
 using sim::WarpOp;
 
-inline uint32_t shared_address(const void* pointer, Site site = TRANCHE_SIM_HERE) {
+inline uint32_t shared_address(const void* pointer, Site site = Site::here()) {
   return tranche_sim_shared_offset(pointer, site);
 }
 
 // ---- asynchronous copies to shared memory -----------------------------------------------------------------
 
-inline void cp_async_16(void* shared, const void* global, bool valid, Site site = TRANCHE_SIM_HERE) {
+inline void cp_async_16(void* shared, const void* global, bool valid, Site site = Site::here()) {
   tranche_sim_copy_async(shared, global, 16, valid, site);
 }
 
-inline void cp_async_4(void* shared, const void* global, bool valid, Site site = TRANCHE_SIM_HERE) {
+inline void cp_async_4(void* shared, const void* global, bool valid, Site site = Site::here()) {
   tranche_sim_copy_async(shared, global, 4, valid, site);
 }
 
@@ -54,16 +54,16 @@ __forceinline__ uint64_t pair(uint32_t low, uint32_t high) { return uint64_t(hig
 
 }  // namespace detail
 
-__forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row, Site site = TRANCHE_SIM_HERE) {
+__forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row, Site site = Site::here()) {
   detail::ldmatrix(r, WarpOp::ldmatrix, row, site);
 }
-__forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, Site site = TRANCHE_SIM_HERE) {
+__forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, Site site = Site::here()) {
   detail::ldmatrix(r, WarpOp::ldmatrix_trans, row, site);
 }
-__forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* row, Site site = TRANCHE_SIM_HERE) {
+__forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* row, Site site = Site::here()) {
   detail::ldmatrix(r, WarpOp::ldmatrix, row, site);
 }
-__forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, Site site = TRANCHE_SIM_HERE) {
+__forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, Site site = Site::here()) {
   detail::ldmatrix(r, WarpOp::ldmatrix_trans, row, site);
 }
 
@@ -100,7 +100,7 @@ inline constexpr bool is_signed_byte = std::is_same_v<T, int8_t>;
 
 template <class T>
 __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                  Site site = TRANCHE_SIM_HERE) {
+                                  Site site = Site::here()) {
   static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, half>);
   detail::mma(d, a[0], a[1], a[2], a[3], b[0], b[1],
               detail::is_bf16<T> ? WarpOp::mma_m16n8k16_bf16 : WarpOp::mma_m16n8k16_f16, site);
@@ -108,7 +108,7 @@ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const u
 
 template <class T>
 __forceinline__ void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b,
-                                 Site site = TRANCHE_SIM_HERE) {
+                                 Site site = Site::here()) {
   static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, half>);
   detail::mma(d, a[0], a[1], 0, 0, b, 0, detail::is_bf16<T> ? WarpOp::mma_m16n8k8_bf16 : WarpOp::mma_m16n8k8_f16,
               site);
@@ -116,7 +116,7 @@ __forceinline__ void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t
 
 template <class T>
 __forceinline__ void mma_m16n8k32(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                  Site site = TRANCHE_SIM_HERE) {
+                                  Site site = Site::here()) {
   static_assert(std::is_same_v<T, int8_t> || std::is_same_v<T, uint8_t>);
   detail::mma(d, a[0], a[1], a[2], a[3], b[0], b[1],
               detail::is_signed_byte<T> ? WarpOp::mma_m16n8k32_s8 : WarpOp::mma_m16n8k32_u8, site);
@@ -124,7 +124,7 @@ __forceinline__ void mma_m16n8k32(int32_t (&d)[4], const uint32_t (&a)[4], const
 
 template <class T>
 __forceinline__ void mma_m16n8k16(int32_t (&d)[4], const uint32_t (&a)[2], uint32_t b,
-                                  Site site = TRANCHE_SIM_HERE) {
+                                  Site site = Site::here()) {
   static_assert(std::is_same_v<T, int8_t> || std::is_same_v<T, uint8_t>);
   detail::mma(d, a[0], a[1], 0, 0, b, 0,
               detail::is_signed_byte<T> ? WarpOp::mma_m16n8k16_s8 : WarpOp::mma_m16n8k16_u8, site);
@@ -154,7 +154,7 @@ inline float log2_approx(float x) { return log2f(detail::flush(x)); }
 
 // ---- global memory -------------------------------------------------------------------------------------------
 
-inline uint4 load_streaming_16(const void* global, Site site = TRANCHE_SIM_HERE) {
+inline uint4 load_streaming_16(const void* global, Site site = Site::here()) {
   return tranche_sim_load_16(global, site);
 }
 

@@ -12,16 +12,14 @@
 
 namespace tranche::sim {
 
-// A place in a kernel's source. As a default argument, TRANCHE_SIM_HERE is the line of the caller.
+// A place in a kernel's source. As a default argument, here() is the line of the caller.
 struct Site {
   const char* file = nullptr;
   int line = 0;
-};
-
-#define TRANCHE_SIM_HERE           \
-  ::tranche::sim::Site {           \
-    __builtin_FILE(), __builtin_LINE() \
+  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
   }
+};
 
 // What the lanes of a warp do together. Lanes meet when they agree on operation, mask and line.
 enum class WarpOp : uint8_t {

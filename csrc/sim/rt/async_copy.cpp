@@ -50,8 +50,8 @@ void tranche_sim_copy_async(void* shared, const void* global, uint32_t bytes, bo
     report_and_stop(&thread, "cp.async: the source is not in global memory", site, 0);
   }
   if (checked != nullptr) {
-    claim_in_flight(thread, to, bytes, pc);
     if (valid) check_access(thread, {from, bytes, pc, false, false});
+    claim_in_flight(thread, to, bytes, pc);
   }
   AsyncCopy& copy = thread.copies.emplace_back();
   copy.to = static_cast<std::byte*>(shared);

@@ -1,5 +1,6 @@
 #include "sim/rt/findings.h"
 
+#include <algorithm>
 #include <cstdio>
 
 #include "sim/rt/memory_map.h"
@@ -9,10 +10,12 @@ namespace tranche::sim {
 
 namespace {
 
-constexpr size_t kMaxFindings = 16;
+constexpr size_t kMaxFindings = 32;
+// A finding's first words name its kind; the rest has addresses and numbers that vary from thread to thread.
+constexpr size_t kKindLength = 16;
 
 std::string place_text(Site site, uintptr_t pc) {
-  if (site.file != nullptr) return std::string(site.file) + ":" + std::to_string(site.line);
+  if (site.file != nullptr) return short_path(site.file) + ":" + std::to_string(site.line);
   if (pc != 0) return source_line(pc);
   return "";
 }
@@ -63,8 +66,7 @@ void report(const Thread* thread, const std::string& what, Site site, uintptr_t 
   Launch& launch = machine.launch;
   for (Finding& known : launch.findings) {
     const bool same_place = known.pc == pc && known.site.line == site.line && known.site.file == site.file;
-    // The first words name the kind; the rest has addresses and numbers that vary from thread to thread.
-    if (same_place && known.what.compare(0, 16, what, 0, 16) == 0) {
+    if (same_place && known.what.compare(0, kKindLength, what, 0, kKindLength) == 0) {
       ++known.count;
       return;
     }
@@ -81,6 +83,7 @@ void report(const Thread* thread, const std::string& what, Site site, uintptr_t 
     finding.thread = thread->index;
   }
   launch.findings.push_back(std::move(finding));
+  // One source line may be several instructions; those are merged when the lines are known.
   if (launch.findings.size() >= kMaxFindings && current != nullptr) stop_kernel();
 }
 
@@ -90,23 +93,35 @@ void report_and_stop(const Thread* thread, const std::string& what, Site site, u
 }
 
 std::string format_report(const Launch& launch) {
-  std::string text = "tranche simulator: kernel " + std::string(launch.name) + ": " +
-                     std::to_string(launch.findings.size()) +
-                     (launch.findings.size() == 1 ? " finding" : " findings") + " (seed " +
-                     std::to_string(machine.seed) + ", launch " + std::to_string(launch.number) +
-                     (launch.stopped ? "; stopped before the end)" : ")");
-  int number = 0;
+  struct Entry {
+    std::string place, kind, text;
+    int count;
+  };
+  std::vector<Entry> entries;
   for (const Finding& finding : launch.findings) {
-    text += "\n  " + std::to_string(++number) + ". ";
+    Entry entry{place_text(finding.site, finding.pc), finding.what.substr(0, kKindLength), "", finding.count};
+    entry.text = finding.what + finding.other;
+    if (finding.other_pc != 0) entry.text += " at " + source_line(finding.other_pc);
+    if (!entry.place.empty()) entry.text = "at " + entry.place + ": " + entry.text;
     if (finding.has_thread) {
-      text += "block " + index_text(finding.block) + " thread " + index_text(finding.thread) + " ";
+      entry.text = "block " + index_text(finding.block) + " thread " + index_text(finding.thread) + " " + entry.text;
     }
-    const std::string place = place_text(finding.site, finding.pc);
-    if (!place.empty()) text += "at " + place + ": ";
-    text += finding.what;
-    if (!finding.other.empty()) text += finding.other;
-    if (finding.other_pc != 0) text += " at " + source_line(finding.other_pc);
-    if (finding.count > 1) text += " [and " + std::to_string(finding.count - 1) + " more times here]";
+    const auto known = std::find_if(entries.begin(), entries.end(), [&](const Entry& other) {
+      return other.place == entry.place && other.kind == entry.kind;
+    });
+    if (known == entries.end()) {
+      entries.push_back(std::move(entry));
+    } else {
+      known->count += entry.count;
+    }
+  }
+  std::string text = "tranche simulator: kernel " + std::string(launch.name) + ": " + std::to_string(entries.size()) +
+                     (entries.size() == 1 ? " finding" : " findings") + " (seed " + std::to_string(machine.seed) +
+                     ", launch " + std::to_string(launch.number) + (launch.stopped ? "; stopped before the end)" : ")");
+  int number = 0;
+  for (const Entry& entry : entries) {
+    text += "\n  " + std::to_string(++number) + ". " + entry.text;
+    if (entry.count > 1) text += " [and " + std::to_string(entry.count - 1) + " more times here]";
   }
   return text;
 }

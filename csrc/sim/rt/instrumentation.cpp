@@ -13,17 +13,14 @@ namespace tranche::sim {
 
 namespace {
 
-// Set while a hook works, should instrumented code ever be reached from within it.
-__thread bool inside __attribute__((tls_model("initial-exec"))) = false;
-
 inline void see(const void* address, size_t bytes, uintptr_t pc, bool write, bool atomic) {
   Thread* thread = checked;
-  if (thread == nullptr || inside) return;
+  if (thread == nullptr) return;
   const auto where = reinterpret_cast<uintptr_t>(address);
   if (where - thread->stack.low < thread->stack.bytes) return;
-  inside = true;
+  checked = nullptr;  // should instrumented code ever be reached from within, it is not a kernel's
   check_access(*thread, {where, bytes, pc, write, atomic});
-  inside = false;
+  checked = thread;
 }
 
 // A polling loop reads through volatile: let the others run, and take over what they hand over.

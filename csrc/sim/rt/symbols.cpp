@@ -17,7 +17,7 @@ std::string quoted(const char* path) {
   return text + "'";
 }
 
-// The innermost frame outside the simulator's own headers: a kernel's line rather than that of a wrapper.
+// The innermost frame outside the headers that only wrap things: a kernel's line rather than that of a wrapper.
 std::string ask_addr2line(const char* library, uintptr_t offset) {
   char tail[64];
   snprintf(tail, sizeof tail, " 0x%zx 2>/dev/null", size_t(offset));
@@ -30,18 +30,21 @@ std::string ask_addr2line(const char* library, uintptr_t offset) {
     if (const size_t note = text.find(" (discriminator"); note != std::string::npos) text.resize(note);
     if (text.compare(0, 2, "??") == 0 || text.find(":?") != std::string::npos) continue;
     if (first.empty()) first = text;
-    const bool own = text.find("/sim/synchronization.h:") != std::string::npos ||
-                     text.find("/sim/atomics.h:") != std::string::npos ||
-                     text.find("/sim/intrinsics.h:") != std::string::npos ||
-                     text.find("/sim/ptx.h:") != std::string::npos ||
-                     text.find("/sim/vector_types.h:") != std::string::npos;
-    if (chosen.empty() && !own) chosen = text;
+    const auto is_in = [&](const char* file) { return text.find(file) != std::string::npos; };
+    const bool wrapper = is_in("/sim/synchronization.h:") || is_in("/sim/atomics.h:") || is_in("/sim/ptx.h:") ||
+                         is_in("/sim/intrinsics.h:") || is_in("/sim/vector_types.h:") || is_in("/core/numeric.h:");
+    if (chosen.empty() && !wrapper) chosen = text;
   }
   pclose(pipe);
-  return chosen.empty() ? first : chosen;
+  return short_path(chosen.empty() ? first : chosen);
 }
 
 }  // namespace
+
+std::string short_path(const std::string& path) {
+  static const std::string root = TRANCHE_SIM_ROOT;
+  return path.compare(0, root.size(), root) == 0 ? path.substr(root.size()) : path;
+}
 
 std::string source_line(uintptr_t return_address) {
   static std::map<uintptr_t, std::string> known;  // launches are one at a time, so this needs no lock
