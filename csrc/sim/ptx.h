@@ -14,6 +14,16 @@ inline uint32_t shared_address(const void* pointer, Site site = Site::here()) {
   return tranche_sim_shared_offset(pointer, site);
 }
 
+// ---- named barriers -----------------------------------------------------------------------------------------
+
+inline void named_barrier_sync(uint32_t id, uint32_t count, Site site = Site::here()) {
+  tranche_sim_named_barrier(id, count, true, site);
+}
+
+inline void named_barrier_arrive(uint32_t id, uint32_t count, Site site = Site::here()) {
+  tranche_sim_named_barrier(id, count, false, site);
+}
+
 // ---- asynchronous copies to shared memory -----------------------------------------------------------------
 
 inline void cp_async_16(void* shared, const void* global, bool valid, Site site = Site::here()) {

@@ -24,7 +24,7 @@ void require_unclaimed(Thread& thread, const char* barrier, Site site) {
   }
 }
 
-void complete_block_barrier(Block& block) {
+uint32_t complete_block_barrier(Block& block) {
   BarrierState& barrier = block.barrier;
   uint32_t result = barrier.sum;
   if (barrier.op == BlockOp::all) result = barrier.sum == barrier.arrived;
@@ -33,16 +33,15 @@ void complete_block_barrier(Block& block) {
   begin_epoch(block);
   for (uint32_t w = 0; w < block.warp_count; ++w) {
     Warp& warp = block.warps[w];
-    uint32_t waiting = 0;
-    for (uint32_t lanes = warp.live(); lanes != 0; lanes &= lanes - 1) {
-      Thread& thread = lane_of(warp, uint32_t(__builtin_ctz(lanes)));
-      thread.result = result;
-      if (thread.wait == Wait::block) waiting |= 1u << thread.lane;
+    for (uint32_t lanes = warp.at_barrier; lanes != 0; lanes &= lanes - 1) {
+      lane_of(warp, uint32_t(__builtin_ctz(lanes))).result = result;
     }
-    wake(warp, waiting);
+    wake(warp, warp.at_barrier);
+    warp.at_barrier = 0;
   }
   ++machine.counters.barriers;
   machine.launch.idle_pauses = 0;
+  return result;
 }
 
 }  // namespace
@@ -85,13 +84,11 @@ uint32_t tranche_sim_block_barrier(BlockOp op, uint32_t predicate, Site site) {
                     site, 0);
   }
   barrier.sum += predicate;
-  if (++barrier.arrived == block.threads_live) {
-    complete_block_barrier(block);
-  } else {
-    thread.wait = Wait::block;
-    thread.site = site;
-    park();
-  }
+  if (++barrier.arrived == block.threads_live) return complete_block_barrier(block);
+  thread.wait = Wait::block;
+  thread.site = site;
+  thread.warp->at_barrier |= 1u << thread.lane;
+  park();
   return uint32_t(thread.result);
 }
 

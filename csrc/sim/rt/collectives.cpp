@@ -166,15 +166,13 @@ void require_no_cycle(Thread& thread, const Rendezvous& mine) {
                         " with mask " + mask_text(other.mask) + " at line " + std::to_string(other.site.line),
                     mine.site, 0);
   }
-  for (uint32_t lanes = warp.live() & mine.mask & ~mine.arrived; lanes != 0; lanes &= lanes - 1) {
-    const Thread& other = lane_of(*thread.warp, uint32_t(__builtin_ctz(lanes)));
-    if (other.wait == Wait::block) {
-      report_and_stop(&thread,
-                      "divergence: is in " + std::string(op_name(mine.op)) + " with mask " + mask_text(mine.mask) +
-                          ", which names lane " + std::to_string(other.lane) + ", which is in __syncthreads at line " +
-                          std::to_string(other.site.line),
-                      mine.site, 0);
-    }
+  if (const uint32_t stuck = warp.at_barrier & mine.mask; stuck != 0) {
+    const Thread& other = lane_of(*thread.warp, uint32_t(__builtin_ctz(stuck)));
+    report_and_stop(&thread,
+                    "divergence: is in " + std::string(op_name(mine.op)) + " with mask " + mask_text(mine.mask) +
+                        ", which names lane " + std::to_string(other.lane) + ", which is in __syncthreads at line " +
+                        std::to_string(other.site.line),
+                    mine.site, 0);
   }
 }
 

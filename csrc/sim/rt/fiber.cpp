@@ -1,35 +1,25 @@
 #include "sim/rt/fiber.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
-#include <cstring>
 #include <new>
 
 namespace tranche::sim {
 
-namespace {
-
-constexpr size_t kStackBytes = 64 * 1024;
-constexpr size_t kGuardBytes = 4096;
-
-}  // namespace
-
 Stack StackPool::get(size_t index) {
-  while (stacks_.size() <= index) {
-    void* base = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (base == MAP_FAILED || mprotect(base, kGuardBytes, PROT_NONE) != 0) throw std::bad_alloc();
-    stacks_.push_back({reinterpret_cast<uintptr_t>(base) + kGuardBytes, kStackBytes});
+  constexpr size_t kEach = kStackBytes + kGuardBytes;
+  if (base_ == 0) {
+    void* base = mmap(nullptr, kMaxStacks * kEach, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (base == MAP_FAILED) throw std::bad_alloc();
+    base_ = reinterpret_cast<uintptr_t>(base);
+    open_.resize(kMaxStacks);
   }
-  return stacks_[index];
-}
-
-bool StackPool::contains(uintptr_t address) const {
-  for (const Stack& stack : stacks_) {
-    if (address - (stack.low - kGuardBytes) < stack.bytes + kGuardBytes) return true;
+  const uintptr_t low = base_ + index * kEach + kGuardBytes;
+  if (!open_.at(index)) {
+    if (mprotect(reinterpret_cast<void*>(low), kStackBytes, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
+    open_[index] = true;
   }
-  return false;
+  return {low, kStackBytes};
 }
 
 #if defined(__x86_64__)

@@ -16,15 +16,22 @@ struct Stack {
   size_t bytes = 0;
 };
 
-// Hands out stack number i, mapping it on first use and keeping it. Below each lies a page that may not be
+// Stacks side by side in one reserved range, mapped on first use and kept. Below each lies a page that may not be
 // touched, so that an overflow is a fault and not a corrupted neighbour.
 class StackPool {
  public:
+  static constexpr size_t kStackBytes = 64 * 1024;
+  static constexpr size_t kGuardBytes = 4096;
+  static constexpr size_t kMaxStacks = 2048;
+
   Stack get(size_t index);
-  bool contains(uintptr_t address) const;  // any stack of the pool, guard pages included
+  bool contains(uintptr_t address) const {  // any stack, or a guard page
+    return address - base_ < kMaxStacks * (kStackBytes + kGuardBytes);
+  }
 
  private:
-  std::vector<Stack> stacks_;
+  uintptr_t base_ = 0;
+  std::vector<bool> open_;
 };
 
 using FiberEntry = void (*)();

@@ -18,6 +18,9 @@ namespace tranche::sim {
 
 constexpr uint32_t kWarpSize = 32;
 constexpr uint32_t kMaxThreads = 1024;
+// Two blocks at a time show most of what blocks can do to each other; more would only crowd the caches.
+constexpr uint32_t kResidentBlocks = 2;
+static_assert(kResidentBlocks * kMaxThreads <= StackPool::kMaxStacks);
 constexpr uint32_t kMaxWarps = kMaxThreads / kWarpSize;
 constexpr uint32_t kNamedBarriers = 16;
 constexpr size_t kMaxSharedBytes = 227 * 1024;
@@ -41,7 +44,7 @@ struct Fence {
   uint32_t epoch = 0, label = 0, floor = 0;
 };
 
-struct Thread {
+struct alignas(64) Thread {
   Fiber fiber;
   Stack stack;
   Block* block = nullptr;
@@ -85,7 +88,7 @@ struct Rendezvous {
 struct Warp {
   Block* block = nullptr;
   uint32_t index = 0;
-  uint32_t exists = 0, exited = 0, runnable = 0;
+  uint32_t exists = 0, exited = 0, runnable = 0, at_barrier = 0;  // lanes
   std::array<Rendezvous, kWarpSize> pending;
   uint32_t pending_count = 0;
 

@@ -14,8 +14,6 @@ __thread Thread* checked = nullptr;
 
 namespace {
 
-// Two blocks at a time show most of what blocks can do to each other; more would only crowd the caches.
-constexpr size_t kResidentBlocks = 2;
 constexpr uint64_t kMaxIdlePauses = 1u << 22;
 
 Block* pick_block(Block* preferred) {
@@ -109,7 +107,7 @@ void start_block(Block& block, uint32_t linear) {
     warp.exists = lanes == kWarpSize ? 0xffffffffu : (1u << lanes) - 1;
     warp.exited = 0;
     warp.pending_count = 0;
-    warp.runnable = 0;
+    warp.runnable = warp.at_barrier = 0;
     wake(warp, warp.exists);
   }
   for (uint32_t id = 0; id < launch.threads_per_block; ++id) {
@@ -209,7 +207,7 @@ void run_launch() {
   std::iota(order.begin(), order.end(), 0);
   for (size_t i = total; i > 1; --i) std::swap(order[i - 1], order[machine.random.below(uint32_t(i))]);
 
-  const size_t resident = std::min(total, kResidentBlocks);
+  const size_t resident = std::min(total, size_t(kResidentBlocks));
   while (machine.slots.size() < resident) {
     auto* block = new Block;  // lives as long as the process: the next launch needs it too
     block->slot = uint32_t(machine.slots.size());
