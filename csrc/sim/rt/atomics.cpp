@@ -73,7 +73,10 @@ uint64_t tranche_sim_atomic(void* address, AtomicOp op, AtomicType type, uint64_
   if ((machine.random.next() & 7) == 0) yield_now();
   if (checked != nullptr) {
     check_access(thread, {where, bytes, reinterpret_cast<uintptr_t>(__builtin_return_address(0)), true, true});
-    if (!thread.block->shared.contains(where)) hand_over(thread, where);
+    if (!thread.block->shared.contains(where)) {
+      take_over(thread, where);
+      hand_over(thread, where);
+    }
   }
   switch (type) {
     case AtomicType::s32:

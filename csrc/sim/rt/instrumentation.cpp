@@ -23,22 +23,23 @@ inline void see(const void* address, size_t bytes, uintptr_t pc, bool write, boo
   checked = thread;
 }
 
-// A polling loop reads through volatile: let the others run, and take over what they hand over.
-inline void see_volatile_read(const void* address, size_t bytes, uintptr_t pc) {
-  see(address, bytes, pc, false, true);
-  Thread* thread = checked;
+inline bool is_global(const Thread* thread, const void* address) {
   const auto where = reinterpret_cast<uintptr_t>(address);
-  if (thread == nullptr || where - thread->stack.low < thread->stack.bytes) return;
-  if (!thread->block->shared.contains(where)) hand_over(*thread, where);
-  tranche_sim_pause();
+  return thread != nullptr && where - thread->stack.low >= thread->stack.bytes &&
+         !thread->block->shared.contains(where);
+}
+
+// A polling loop reads through volatile. Let the others run first: between the check and the load that follows
+// it, nobody may.
+inline void see_volatile_read(const void* address, size_t bytes, uintptr_t pc) {
+  if (is_global(checked, address)) tranche_sim_pause();
+  see(address, bytes, pc, false, true);
+  if (is_global(checked, address)) take_over(*checked, reinterpret_cast<uintptr_t>(address));
 }
 
 inline void see_volatile_write(const void* address, size_t bytes, uintptr_t pc) {
-  Thread* thread = checked;
   see(address, bytes, pc, true, true);
-  const auto where = reinterpret_cast<uintptr_t>(address);
-  if (thread == nullptr || where - thread->stack.low < thread->stack.bytes) return;
-  if (!thread->block->shared.contains(where)) hand_over(*thread, where);
+  if (is_global(checked, address)) hand_over(*checked, reinterpret_cast<uintptr_t>(address));
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 // One launch from beginning to end, and the controls.
 #include <chrono>
-#include <cstdlib>
 #include <mutex>
 #include <stdexcept>
 
@@ -28,17 +27,6 @@ void require_limits(const char* name, uint3 grid, uint3 block, size_t dynamic_sm
                              " exceeds the limits of a GPU");
   }
 }
-
-uint64_t seed_from_environment() {
-  const char* text = getenv("TRANCHE_SIM_SEED");
-  return text != nullptr ? strtoull(text, nullptr, 0) : 0;
-}
-
-const bool initialised = [] {
-  machine.seed = seed_from_environment();
-  machine.use_ucontext = !has_assembly_switch();
-  return true;
-}();
 
 }  // namespace
 }  // namespace tranche::sim

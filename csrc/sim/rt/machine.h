@@ -186,16 +186,18 @@ struct Launch {
   std::unordered_map<uint64_t, Fence> fences;  // block << 10 | thread
 };
 
+uint64_t seed_from_environment();
+
 struct Machine {
   Launch launch;
   std::vector<Block*> slots;
   Fiber main;
   StackPool stacks;
   Random random;
-  uint64_t seed = 0;
+  uint64_t seed = seed_from_environment();
   uint64_t launches_since_seed = 0;
   bool checks = true;
-  bool use_ucontext = false;
+  bool use_ucontext = !has_assembly_switch();
   uint32_t next_epoch = 1;
   uintptr_t host_stack_low = 0, host_stack_high = 0;
   tranche_sim_counters counters{};

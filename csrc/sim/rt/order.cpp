@@ -185,22 +185,24 @@ void order_warps(Block& block, uint32_t waiting, uint32_t arrived, const uint32_
   for (uint32_t rest = waiting; rest != 0; rest &= rest - 1) block.warps[__builtin_ctz(rest)].floor = block.now;
 }
 
+void take_over(Thread& thread, uintptr_t address) {
+  Block& block = *thread.block;
+  const auto found = machine.launch.releases.find(address);
+  if (found == machine.launch.releases.end()) return;
+  // Only what has been added since this block looked last.
+  size_t& version = block.acquired_version[address];
+  for (; version < found->second.size(); ++version) {
+    const Release& release = found->second[version];
+    if (release.block == block.linear && release.id == thread.id) continue;
+    block.acquired.push_back({release, thread.id, block.epoch, block.now});
+  }
+}
+
 void hand_over(Thread& thread, uintptr_t address) {
   Block& block = *thread.block;
-  auto& releases = machine.launch.releases;
-  const auto found = releases.find(address);
-  if (found != releases.end()) {
-    // Only what has been added since this block looked last.
-    size_t& version = block.acquired_version[address];
-    for (; version < found->second.size(); ++version) {
-      const Release& release = found->second[version];
-      if (release.block == block.linear && release.id == thread.id) continue;
-      block.acquired.push_back({release, thread.id, block.epoch, block.now});
-    }
-  }
   // A thread that never fenced may still pass on what its block fenced before a barrier.
   if (machine.launch.fences.empty()) return;
-  std::vector<Release>& mine = releases[address];
+  std::vector<Release>& mine = machine.launch.releases[address];
   if (!mine.empty()) {  // a thread that polls hands nothing new over
     const Release& last = mine.back();
     if (last.block == block.linear && last.id == thread.id && last.epoch == block.epoch &&

@@ -1,12 +1,18 @@
 // Who runs next. A fiber that has to wait switches straight to another one; the host's own stack is entered only
 // when a block has ended or nobody can go on.
 #include <algorithm>
+#include <cstdlib>
 #include <exception>
 #include <numeric>
 
 #include "sim/rt/findings.h"
 
 namespace tranche::sim {
+
+uint64_t seed_from_environment() {
+  const char* text = getenv("TRANCHE_SIM_SEED");
+  return text != nullptr ? strtoull(text, nullptr, 0) : 0;
+}
 
 Machine machine;
 __thread Thread* current = nullptr;
