@@ -49,6 +49,7 @@ class CMakeBuild(build_ext):
     """Builds every library of the project with CMake and places it in the package."""
 
     def run(self) -> None:
+        torch = torch_root()
         for tool, package in (("cmake", "cmake"), ("ninja", "ninja")):
             if shutil.which(tool) is None:
                 fail(f"{tool} was not found; install it with `pip install {package}`.")
@@ -67,7 +68,7 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_INSTALL_PREFIX={package}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DTRANCHE_TORCH_ROOT={torch_root()}",
+            f"-DTRANCHE_TORCH_ROOT={torch}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DTRANCHE_CUDA={cuda}",
             f"-DTRANCHE_SIM={'ON' if os.environ.get('TRANCHE_SIM') == '1' else 'OFF'}",
