@@ -11,7 +11,9 @@ from torch import Tensor
 from tranche.tree import Tree, reference, tree_attention
 
 
-def random_parents(batch: int, nodes: int, kind: str = "random", generator: torch.Generator | None = None) -> Tensor:
+def random_parents(
+    batch: int, nodes: int, kind: str = "random", generator: torch.Generator | None = None
+) -> Tensor:
     """Parents int32 [batch, nodes] of trees of one kind: random, chain, star, binary or deep."""
     node = torch.arange(nodes)
     if kind == "chain":
@@ -45,13 +47,18 @@ class Case:
         return tree_attention(self.q, self.k, self.v, self.seqlens, self.tree, **self.options, **extra)
 
     def reference(self, **extra: Any) -> Any:
-        return reference.tree_attention(self.q, self.k, self.v, self.seqlens, self.tree, **self.options, **extra)
+        return reference.tree_attention(
+            self.q, self.k, self.v, self.seqlens, self.tree, **self.options, **extra
+        )
 
     def with_options(self, **options: Any) -> Case:
         return replace(self, options={**self.options, **options})
 
     def to(self, device: str) -> Case:
-        options = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in self.options.items()}
+        options = {
+            key: value.to(device) if isinstance(value, Tensor) else value
+            for key, value in self.options.items()
+        }
         tensors = (t.to(device) for t in (self.q, self.k, self.v, self.seqlens))
         return Case(*tensors, self.tree.to(device), options)
 
