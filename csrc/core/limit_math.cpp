@@ -24,7 +24,7 @@ Tensor limit_math(const Tensor& like, int64_t kind, int64_t iterations) {
   params.results = mutable_data<double>(results);
   params.iterations = iterations;
   params.kind = MathKind(kind);
-  RUN_KERNEL(limit_math, params, like);
+  RUN_KERNEL(limit_math, params, like, results);
   return results;
 }
 

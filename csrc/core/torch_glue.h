@@ -14,6 +14,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -25,7 +26,7 @@
 #include <torch/csrc/stable/accelerator.h>
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #elif defined(TRANCHE_BACKEND_SIM)
-#include "sim/buffers.h"
+#include "sim/runtime.h"
 #elif !defined(TRANCHE_BACKEND_CPU)
 #error "an op file needs one of TRANCHE_BACKEND_CPU, TRANCHE_BACKEND_CUDA, TRANCHE_BACKEND_SIM"
 #endif
@@ -180,21 +181,15 @@ inline Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> shape,
 // ---- calling a kernel and registering an op
 // -----------------------------------------------------------------
 
-// KERNEL(name): the backend's host function. RUN_KERNEL(name, params, tensor): its kernel, on the tensor's
-// device and torch's current stream there.
+// KERNEL(name): the backend's host function. RUN_KERNEL(name, params, tensors...): its kernel, on the device of
+// the first tensor and torch's current stream there. The tensors are all that the kernel may touch: the simulator
+// holds it to that.
 #if defined(TRANCHE_BACKEND_CPU)
 
 #define KERNEL(name) ::tranche::cpu::name
-#define RUN_KERNEL(name, params, tensor) KERNEL(name)(params)
+#define RUN_KERNEL(name, params, ...) KERNEL(name)(params)
 
 #elif defined(TRANCHE_BACKEND_CUDA)
-
-#define KERNEL(name) ::tranche::cuda::name
-#define RUN_KERNEL(name, params, tensor)                                              \
-  do {                                                                                \
-    const torch::stable::accelerator::DeviceGuard guard((tensor).get_device_index()); \
-    KERNEL(name)(params, ::tranche::current_stream((tensor).get_device_index()));     \
-  } while (false)
 
 inline void* current_stream(int32_t device_index) {
   void* stream = nullptr;
@@ -202,10 +197,47 @@ inline void* current_stream(int32_t device_index) {
   return stream;
 }
 
+#define KERNEL(name) ::tranche::cuda::name
+#define RUN_KERNEL(name, params, first, ...)                                             \
+  do {                                                                                   \
+    const torch::stable::accelerator::DeviceGuard guard((first).get_device_index());     \
+    KERNEL(name)(params, ::tranche::current_stream((first).get_device_index()));         \
+  } while (false)
+
 #else
 
+// The memory of some tensors, from the first to the last element that each can reach.
+class SimulatedMemory {
+ public:
+  template <class... Tensors>
+  explicit SimulatedMemory(const Tensors&... tensors) {
+    (add(tensors), ...);
+  }
+
+ private:
+  void add(const std::optional<Tensor>& tensor) {
+    if (tensor) add(*tensor);
+  }
+  void add(const std::vector<Tensor>& tensors) {
+    for (const Tensor& tensor : tensors) add(tensor);
+  }
+  void add(const Tensor& tensor) {
+    if (tensor.numel() == 0) return;
+    int64_t last = 0;
+    for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+    buffers_.push_back(
+        std::make_unique<sim::Buffer>(tensor.const_data_ptr(), size_t(last + 1) * tensor.element_size()));
+  }
+
+  std::vector<std::unique_ptr<sim::Buffer>> buffers_;
+};
+
 #define KERNEL(name) ::tranche::cuda::name
-#define RUN_KERNEL(name, params, tensor) KERNEL(name)(params, nullptr)
+#define RUN_KERNEL(name, params, ...)                      \
+  do {                                                     \
+    const ::tranche::SimulatedMemory memory(__VA_ARGS__);  \
+    KERNEL(name)(params, nullptr);                         \
+  } while (false)
 
 #endif
 

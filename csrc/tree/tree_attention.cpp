@@ -200,7 +200,8 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q, const Tensor& k_cache
 
   const Tensor workspace = empty_on(q, {int64_t(KERNEL(tree_attention_workspace)(params))}, ScalarType::Byte);
   params.workspace = workspace.mutable_data_ptr();
-  RUN_KERNEL(tree_attention, params, q);
+  RUN_KERNEL(tree_attention, params, q, k_cache, v_cache, cache_seqlens, ancestors, depth, n_nodes, block_table,
+             sinks, k_scale, v_scale, out, lse, workspace);
   return {out, lse};
 }
 

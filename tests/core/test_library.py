@@ -54,7 +54,10 @@ ATTENTION = """
 import hashlib, torch
 from tests.tree.cases import make_case
 from tranche import _host
-out = [make_case(1, dtype=d, nodes=20, lengths=(70, 300), head_dim=80) for d in (torch.float32, torch.float16, torch.bfloat16)]
+out = [
+    make_case(1, dtype=d, nodes=20, lengths=(70, 300), head_dim=80)
+    for d in (torch.float32, torch.float16, torch.bfloat16)
+]
 ok = all(float((c.run().double() - c.reference()).abs().max()) < 0.03 for c in out)
 print(_host.build_info()["isa"], ok)
 """
