@@ -101,6 +101,8 @@ class AmxKernel {
     v_path_ = arena.take<char>(kK * dim_tiles_ * kTileBytes);
     weights_path_ = arena.take<char>(kQ * kTileBytes);
     path_ = arena.take<int32_t>(p_.nodes);
+    nonfinite_ = arena.take<bool>(keys_);
+    saved_ = arena.take<float>(int64_t(dim_) * kLanes);
   }
 
   void begin(const Block& block) {
@@ -144,11 +146,13 @@ class AmxKernel {
     }
 
     int groups = chunk.prefix / kGroup;  // shared by all rows
-    if (!chunk.uniform) {
-      for (int x = 0; x < chunk.prefix; ++x) {
-        if (row_nonfinite(chunk.v_row[x], p_.head_dim, dtype_of<KV>::value)) groups = 0;
-      }
+    const int rows = chunk.padded + chunk.nodes;
+    bool hidden_nonfinite = false;
+    for (int x = chunk.uniform ? groups * kGroup : 0; x < rows; ++x) {
+      nonfinite_[x] = chunk.v_row[x] && row_nonfinite(chunk.v_row[x], p_.head_dim, dtype_of<KV>::value);
+      hidden_nonfinite |= nonfinite_[x];
     }
+    if (!chunk.uniform && hidden_nonfinite) groups = 0;
     for (int i = 0; i < groups; ++i) {
       pack_values(chunk.v_row + i * kGroup, v_ + int64_t(i) * dim_tiles_ * kTileBytes, v_part_);
       prefetch.work(kPackValues * per_part);
@@ -422,7 +426,7 @@ class AmxKernel {
       for (int64_t first = chunk.first + groups * kGroup; first < chunk_end; first += kGroup) {
         const char* v_row[kGroup];
         int weight_row[kGroup];
-        bool any = false;
+        bool any = false, guard = false;
         for (int x = 0; x < kGroup; ++x) {
           const int64_t key = first + x;
           int at = -1;
@@ -434,8 +438,15 @@ class AmxKernel {
           weight_row[x] = at;
           v_row[x] = at < 0 ? nullptr : chunk.v_row[at];
           any |= at >= 0;
+          guard |= at >= 0 && nonfinite_[at];
         }
-        if (any) own_group(v_row, weight_row, lanes, weights, out);
+        if (!any) continue;
+        // The other nodes' weights are 0, but 0 times infinity is not: keep their lanes.
+        if (guard) memcpy(saved_, out, sizeof(float) * size_t(dim_) * kLanes);
+        own_group(v_row, weight_row, lanes, weights, out);
+        for (int d = 0; guard && d < dim_; ++d) {
+          vstore(out + d * kLanes, vselect(lanes, vload(out + d * kLanes), vload(saved_ + d * kLanes)));
+        }
       }
     }
   }
@@ -481,7 +492,9 @@ class AmxKernel {
   char *q_ = nullptr, *k_ = nullptr, *v_ = nullptr, *weights_ = nullptr;  // packed, by part
   float* scores_ = nullptr;                                             // [4][keys_][16]
   char *v_path_ = nullptr, *weights_path_ = nullptr;
-  int32_t* path_ = nullptr;  // node of the path at each depth
+  int32_t* path_ = nullptr;    // node of the path at each depth
+  bool* nonfinite_ = nullptr;  // of the keys that are not shared: whether the value has NaN or infinity
+  float* saved_ = nullptr;
 };
 
 }  // namespace tranche::cpu::TRANCHE_ISA
