@@ -136,6 +136,31 @@ struct Partial {
   }
 };
 
+// Brings the next chunk's rows into the second-level cache while this one is worked on. A row is a few lines at a
+// stride of all heads, which hardware prefetchers do not follow. Kernels call work() with the cycles that a step
+// takes, so that the requests spread evenly.
+class Prefetch {
+ public:
+  void begin(const CacheRows& k, const CacheRows& v, int64_t first, int keys, int row_bytes) {
+    k_ = &k, v_ = &v, first_ = first, rows_ = 2 * keys, next_ = 0, bytes_ = row_bytes;
+    progress_ = 0.0f;
+  }
+  void expect(float cycles) { per_cycle_ = float(rows_) / cycles; }
+  void work(float cycles) {
+    progress_ += cycles * per_cycle_;
+    for (const int until = least(int(progress_), rows_); next_ < until; ++next_) {
+      const char* row = (next_ % 2 ? v_ : k_)->row(first_ + next_ / 2);
+      for (int i = 0; i < bytes_; i += 64) __builtin_prefetch(row + i, 0, 2);
+    }
+  }
+
+ private:
+  const CacheRows *k_ = nullptr, *v_ = nullptr;
+  int64_t first_ = 0;
+  int rows_ = 0, next_ = 0, bytes_ = 0;
+  float progress_ = 0.0f, per_cycle_ = 0.0f;
+};
+
 // The keys of one chunk: its committed slots, then, from row `padded` on, the nodes whose positions lie in it.
 struct Chunk {
   int64_t first;          // position of the first key
@@ -146,6 +171,7 @@ struct Chunk {
   const int32_t* node;    // [nodes] ascending
   const char** k_row;     // [round_up(padded + nodes, 32)] null: no such key
   const char** v_row;
+  Prefetch* prefetch;     // of the next chunk
 };
 
 // A block of rows, and what each of them sees.
@@ -439,11 +465,17 @@ struct Worker {
   void segment(const TreeAttentionParams& p, const Geometry& g, int index, const Partial& result) {
     const CacheRows k(p, p.k_cache, p.k_stride, Kernel::kElement, block.b, block.head_kv);
     const CacheRows v(p, p.v_cache, p.v_stride, Kernel::kElement, block.b, block.head_kv);
+    Prefetch prefetch;
     result.clear(block.tiles, g.padded_dim);
     const int64_t begin = int64_t(index) * kSegment, last = int64_t(block.seqlen) + block.deepest;
     for (int64_t first = begin; first < begin + kSegment && first <= last; first += kChunk) {
       Chunk chunk;
-      if (describe(chunk, block, g, k, v, first)) kernel.chunk(block, chunk, result);
+      if (!describe(chunk, block, g, k, v, first)) continue;
+      const int64_t next = first + kChunk;
+      prefetch.begin(k, v, next, int(least<int64_t>(most<int64_t>(block.seqlen - next, 0), kChunk)),
+                     p.head_dim * Kernel::kElement);
+      chunk.prefetch = &prefetch;
+      kernel.chunk(block, chunk, result);
     }
   }
 };
