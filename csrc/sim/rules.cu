@@ -1,5 +1,6 @@
-// One small kernel per rule of the simulator: what it must let pass, and what it must find. Unlike planted.cu,
-// nothing here computes anything; tests/sim/test_rules.py says which are right and which are wrong.
+// One small kernel per rule of the simulator: what it must let pass, and what it must find. Unlike
+// planted.cu, nothing here computes anything; tests/sim/test_rules.py says which are right and which are
+// wrong.
 #include <cstring>
 
 #include "core/launch.cuh"
@@ -15,11 +16,10 @@ struct Params {
 constexpr int kCount = 2048;
 constexpr unsigned kAll = 0xffffffffu;
 
-// ---- memory ---------------------------------------------------------------------------------------------------
+// ---- memory
+// ---------------------------------------------------------------------------------------------------
 
-__global__ void order(Params p) {
-  p.data[blockIdx.x * blockDim.x + threadIdx.x] = atomicAdd(p.counter, 1);
-}
+__global__ void order(Params p) { p.data[blockIdx.x * blockDim.x + threadIdx.x] = atomicAdd(p.counter, 1); }
 
 __global__ void store_beyond_buffer(Params p) { p.data[kCount - 32 + threadIdx.x + (threadIdx.x == 31)] = 1; }
 
@@ -154,7 +154,8 @@ __global__ void ldmatrix_of_unwritten(Params p) {
   p.data[threadIdx.x] = int(r[0]);
 }
 
-// ---- warps ------------------------------------------------------------------------------------------------------
+// ---- warps
+// ------------------------------------------------------------------------------------------------------
 
 __global__ void warp_exchange(Params p) {
   SHARED(int32_t, values, 32);
@@ -239,7 +240,8 @@ __global__ void mma_after_exit(Params p) {
   p.data[threadIdx.x] = int(d[0]);
 }
 
-// ---- blocks -------------------------------------------------------------------------------------------------------
+// ---- blocks
+// -------------------------------------------------------------------------------------------------------
 
 __global__ void barrier_after_exit(Params p) {
   SHARED(int32_t, values, 128);
@@ -294,9 +296,11 @@ __global__ void named_barrier_of_others(Params p) {
   if (threadIdx.x >= 64) p.data[lane] = values[31 - lane];
 }
 
-// ---- between blocks -------------------------------------------------------------------------------------------------
+// ---- between blocks
+// -------------------------------------------------------------------------------------------------
 
-// Where the fence stands: 0 each thread before the barrier, 1 thread 0 after it, 2 nowhere, 3 after the atomic.
+// Where the fence stands: 0 each thread before the barrier, 1 thread 0 after it, 2 nowhere, 3 after the
+// atomic.
 template <int fence>
 __global__ void last_block(Params p) {
   SHARED(int32_t, last, 1);
@@ -340,7 +344,8 @@ __global__ void polls_for_ever(Params p) {
   while (*raised == 0) __nanosleep(20);
 }
 
-// ---- the unforeseen ---------------------------------------------------------------------------------------------
+// ---- the unforeseen
+// ---------------------------------------------------------------------------------------------
 
 __attribute__((noinline)) int deep(volatile int* data, int depth) {
   volatile int frame[64];
@@ -363,7 +368,8 @@ __global__ void divides_by_zero(Params p) { p.data[threadIdx.x] = 5 / p.data[thr
 
 __global__ void shifts_too_far(Params p) { p.data[threadIdx.x] = 1 << (p.data[threadIdx.x] + 32); }
 
-// ---- the table ------------------------------------------------------------------------------------------------------
+// ---- the table
+// ------------------------------------------------------------------------------------------------------
 
 struct Entry {
   const char* name;

@@ -47,7 +47,9 @@ def test_cp_async(backend: str, rng: np.random.Generator, size: int) -> None:
     chunks = 2 * 64 * 3
     a = words(rng, chunks, size // 4)
     valid = rng.integers(0, 2, chunks, dtype=np.int32)
-    out = run(backend, f"cp_async_{size}", np.full_like(a, 77), a=a, b=valid, grid=(3, 1, 1), block=(64, 1, 1))
+    out = run(
+        backend, f"cp_async_{size}", np.full_like(a, 77), a=a, b=valid, grid=(3, 1, 1), block=(64, 1, 1)
+    )
     np.testing.assert_array_equal(out, a * valid[:, None].astype(np.uint32))
 
 
@@ -170,7 +172,9 @@ def test_mma_16_bit(backend: str, rng: np.random.Generator, kind: str, k: int, d
     else:
         a, b, c = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
         a, b = (torch.tensor(x).to(dtype).float().numpy() for x in (a, b))
-    registers = [np.stack([gather(m, p) for m in x]) for x, p in ((a, places_a), (b, places_b), (c, places_c))]
+    registers = [
+        np.stack([gather(m, p) for m in x]) for x, p in ((a, places_a), (b, places_b), (c, places_c))
+    ]
     out = run(
         backend,
         f"mma_m16n8k{k}_{kind}",
@@ -328,7 +332,9 @@ APPLY = {
 ATOMICS = [(op, dtype) for op in APPLY for dtype in ("u32", "s32", "u64")] + [("add", "f32")]
 
 
-def run_atomic(backend: str, op: str, dtype: str, a: np.ndarray, cells: np.ndarray, start: np.ndarray) -> tuple:
+def run_atomic(
+    backend: str, op: str, dtype: str, a: np.ndarray, cells: np.ndarray, start: np.ndarray
+) -> tuple:
     kind, n = ATOMIC_TYPES[dtype], len(a)
     out = np.concatenate([start, np.zeros(n)]).astype(kind)
     out = run(
@@ -402,7 +408,15 @@ def test_atomic_wrapping(backend: str, op: str) -> None:
 def run_map(backend: str, name: str, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     n = len(a)
     return run(
-        backend, name, np.zeros(n, np.uint32), a=a, b=b, c=c, n=n, grid=((n + 127) // 128, 1, 1), block=(128, 1, 1)
+        backend,
+        name,
+        np.zeros(n, np.uint32),
+        a=a,
+        b=b,
+        c=c,
+        n=n,
+        grid=((n + 127) // 128, 1, 1),
+        block=(128, 1, 1),
     )
 
 
@@ -463,7 +477,24 @@ def floats(rng: np.random.Generator, n: int) -> np.ndarray:
     x = (words(rng, n)).view(np.float32)
     x = np.where(np.isfinite(x), x, 1.5).astype(np.float32)
     x[: n // 2] = rng.standard_normal(n // 2) * np.exp2(rng.integers(-20, 20, n // 2))
-    special = [0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, -1.0, 0.5, 1.5, 2.5, -2.5, 3e9, -3e9, 65504, 65519, 65520]
+    special = [
+        0.0,
+        -0.0,
+        np.inf,
+        -np.inf,
+        np.nan,
+        1.0,
+        -1.0,
+        0.5,
+        1.5,
+        2.5,
+        -2.5,
+        3e9,
+        -3e9,
+        65504,
+        65519,
+        65520,
+    ]
     special += [448, 464, 465, 1e-8, 6e-8, 2.0**-14, 2.0**-24, 2.0**-25, 3 * 2.0**-26, 1e-40, -1e-42, 3.4e38]
     x[: len(special)] = special
     return x
@@ -477,7 +508,9 @@ def same_floats(out: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_array_equal(out[number].view(np.uint32), expected[number].view(np.uint32))
 
 
-@pytest.mark.parametrize("name", ["min_f", "max_f", "saturate", "to_int_rn", "to_int_rz", "to_int_rd", "to_int_ru"])
+@pytest.mark.parametrize(
+    "name", ["min_f", "max_f", "saturate", "to_int_rn", "to_int_rz", "to_int_rd", "to_int_ru"]
+)
 def test_float_map(backend: str, rng: np.random.Generator, name: str) -> None:
     a, b = floats(rng, 800), rng.permutation(floats(rng, 800))
     keep = ~((a == 0) & (b == 0))  # which of two zeros is the smaller is nobody's business

@@ -191,7 +191,12 @@ def test_threads_launch_at_once() -> None:
             if (expected in outcome.report) != bool(expected) and outcome.report != expected:
                 failures.append(outcome.report)
 
-    jobs = [("none", ""), ("barrier_removed", "race in shared memory"), ("none", ""), ("page_overrun", "out of bounds")]
+    jobs = [
+        ("none", ""),
+        ("barrier_removed", "race in shared memory"),
+        ("none", ""),
+        ("page_overrun", "out of bounds"),
+    ]
     threads = [threading.Thread(target=work, args=job) for job in jobs]
     for thread in threads:
         thread.start()
