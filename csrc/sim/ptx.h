@@ -153,6 +153,9 @@ inline uint32_t pack(float low, float high) {
   return uint32_t(from_float<T>(high).bits) << 16 | from_float<T>(low).bits;
 }
 
+// A product rounded on its own, never contracted with what it is added to.
+inline float mul(float a, float b) { return a * b; }
+
 namespace detail {
 
 // ".ftz": subnormals are zeros, on the way in and on the way out.

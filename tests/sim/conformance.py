@@ -7,7 +7,8 @@ import functools
 
 import numpy as np
 import torch
-from simulator import load, runtime
+
+from tests.sim.simulator import load, runtime
 
 
 class Params(ctypes.Structure):

@@ -7,7 +7,8 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-from simulator import load, runtime
+
+from tests.sim.simulator import load, runtime
 
 # In the order of the kernel's enum.
 BUGS = [

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import zlib
 
-import conformance
 import numpy as np
 import pytest
 import torch
+
+from tests.sim import conformance
 
 pytestmark = pytest.mark.parametrize(
     "backend",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-from planted import BUGS, make_case, run
-from simulator import runtime
+
+from tests.sim.planted import BUGS, make_case, run
+from tests.sim.simulator import runtime
 
 SEEDS = 50
 

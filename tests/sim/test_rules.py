@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from planted import make_case
-from planted import run as run_planted
-from simulator import library_folder, load, runtime
+
+from tests.sim.planted import make_case
+from tests.sim.planted import run as run_planted
+from tests.sim.simulator import library_folder, load, runtime
 
 COUNT = 2048
 
@@ -83,8 +86,6 @@ def run(name: str) -> tuple[str, torch.Tensor]:
 
 
 def test_every_rule_has_its_test() -> None:
-    import ctypes
-
     names = load("tranche_rules_sim").tranche_rule_names
     names.restype = ctypes.c_char_p
     assert names().decode().split() == list(EXPECTED)
@@ -129,13 +130,13 @@ def test_launches_after_one_seed_differ() -> None:
 def test_seed_from_the_environment() -> None:
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import test_rules\n"
+        "from tests.sim import test_rules\n"
         "print(test_rules.run('order')[1][:256].tolist())"
     )
 
     def order(seed: str) -> str:
         environment = dict(os.environ, TRANCHE_SIM_SEED=seed, TRANCHE_SIM_LIBRARIES=str(library_folder()))
-        command = [sys.executable, "-c", script, os.path.dirname(__file__)]
+        command = [sys.executable, "-c", script, str(Path(__file__).parents[2])]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
     runtime().set_seed(11)
