@@ -306,7 +306,7 @@ __global__ void last_block(Params p) {
   SHARED(int32_t, last, 1);
   const int threads = blockDim.x, blocks = gridDim.x;
   p.data[blockIdx.x * threads + threadIdx.x] = 1;
-  if constexpr (fence == 0) __threadfence();
+  if (fence == 0 || (fence == 4 && threadIdx.x == 0)) __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
     if constexpr (fence == 1) __threadfence();
@@ -424,6 +424,7 @@ const Entry entries[] = {
     {"last_block_one_fences", last_block<1>, 8, 64},
     {"last_block_without_fence", last_block<2>, 8, 64},
     {"last_block_fence_too_late", last_block<3>, 8, 64},
+    {"last_block_fence_too_early", last_block<4>, 8, 64},
     ENTRY(flag, 2, 64),
     ENTRY(polls_for_ever, 1, 32),
     ENTRY(stack_overflow, 1, 32),

@@ -66,6 +66,7 @@ EXPECTED = {
     "last_block_one_fences": None,
     "last_block_without_fence": "race in global memory: read .* after the write by block",
     "last_block_fence_too_late": "race in global memory: read .* after the write by block",
+    "last_block_fence_too_early": "race in global memory: read .* after the write by block",
     "flag": None,
     "polls_for_ever": "deadlock: threads poll and nothing else happens",
     "stack_overflow": "fault: the thread's stack overflowed",
