@@ -119,7 +119,7 @@ class CacheRows {
   int32_t page_size_, last_page_;
 };
 
-// Unnormalised output, maximum (of scores times log2 e) and sum of each row over some keys.
+// Unnormalised output, base (about the maximum of scores times log2 e) and sum of each row over some keys.
 struct Partial {
   float* out;  // [tiles][padded_dim][16]
   float* max;  // [tiles][16]
@@ -348,14 +348,19 @@ TRANCHE_INLINE Vec visible_max(const Chunk& chunk, const Block& block, const Geo
 // A maximum that can be subtracted: 0 where no key has been seen.
 TRANCHE_INLINE Vec finite_max(Vec m) { return vselect(veq(m, vset(-kInf)), vset(0.0f), m); }
 
-// Takes `chunk_max` (unscaled) into the running maximum; returns what sum and output must be multiplied with,
-// exactly 1 where the maximum stays.
+// What weights are taken relative to, given the largest score of a chunk (unscaled): the running maximum, but it
+// follows only rises of more than kSlack powers of two, so that the output is seldom rescaled. A weight is then at
+// most 2^kSlack, which costs no precision. Decided per row. Returns what sum and output must be multiplied with,
+// exactly 1 where the base stays.
 TRANCHE_INLINE Vec advance_max(float* running, Vec chunk_max, float factor) {
+  constexpr float kSlack = 8.0f;
   const Vec old = vload(running), lowest = vset(-kInf);
   const Vec scaled = vselect(veq(chunk_max, lowest), lowest, vmul(chunk_max, vset(factor)));
-  const Vec now = vmax(scaled, old);
+  const Vec now = vselect(vlt(vadd(old, vset(kSlack)), scaled), scaled, old);
   vstore(running, now);
-  return vselect(veq(now, old), vset(1.0f), vexp2<6>(vsub(old, finite_max(now))));
+  // Before the first key sum and output are 0.
+  const Mask stays = veq(now, old), first = veq(old, lowest);
+  return vselect(stays, vset(1.0f), vselect(first, vset(1.0f), vexp2<6>(vsub(old, now))));
 }
 
 // total += part, in the order of the calls.

@@ -23,7 +23,7 @@ namespace tranche::cpu::TRANCHE_ISA {
 
 constexpr int kGroup = 32;  // keys in a tile product
 constexpr int kChunkGroups = kChunk / kGroup;
-constexpr int kStrip = 4;  // row tiles worked on at a time
+constexpr int kStrip = 2;  // row tiles worked on at a time
 
 // Rough cycles of the steps during which the next chunk is fetched; the tile products are not among them, as they
 // need the line buffers themselves. Packing: per 16 keys or 32 values of 128 elements and part.
@@ -158,12 +158,8 @@ class AmxKernel {
       prefetch.work(kPackValues * per_part);
     }
     for (int tile = 0; tile < block.tiles; tile += kStrip) {
-      switch (least(block.tiles - tile, kStrip)) {
-        case 1: strip<1>(block, chunk, groups, key_tiles, tile, result); break;
-        case 2: strip<2>(block, chunk, groups, key_tiles, tile, result); break;
-        case 3: strip<3>(block, chunk, groups, key_tiles, tile, result); break;
-        default: strip<4>(block, chunk, groups, key_tiles, tile, result);
-      }
+      block.tiles - tile >= 2 ? strip<true>(block, chunk, groups, key_tiles, tile, result)
+                              : strip<false>(block, chunk, groups, key_tiles, tile, result);
     }
   }
 
@@ -213,6 +209,8 @@ class AmxKernel {
 
   // 32 values to tiles [16 columns d][keys (t, t + 16) for t < 16].
   void pack_values(const char* const* row, char* to, int64_t part_stride) const {
+    bool empty[2] = {true, true};
+    for (int i = 0; i < kGroup; ++i) empty[i / 16] &= row[i] == nullptr;
     if constexpr (kCopied) {
       const __m512i high = _mm512_set1_epi32(int(0xffff0000u));
       for (int d = 0; d < dim_; d += 32, to += 2 * kTileBytes) {
@@ -222,9 +220,12 @@ class AmxKernel {
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
 #pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i) x[half][i] = _mm512_setzero_si512();
+          if (empty[half]) continue;
+#pragma GCC unroll 16
           for (int i = 0; i < 16; ++i) {
             const char* from = row[half * 16 + i];
-            x[half][i] = from ? _mm512_maskz_loadu_epi16(mask, from + d * 2) : _mm512_setzero_si512();
+            if (from) x[half][i] = _mm512_maskz_loadu_epi16(mask, from + d * 2);
           }
           transpose16(x[half]);
         }
@@ -241,8 +242,10 @@ class AmxKernel {
       const KV* const* values = reinterpret_cast<const KV* const*>(row);
       for (int d = 0; d < dim_; d += 16, to += kTileBytes) {
         __m512i x[2][16];
-        load_transposed(values, d, x[0], vset(1.0f));
-        load_transposed(values + 16, d, x[1], vset(1.0f));
+        for (int half = 0; half < 2; ++half) {
+          for (int i = 0; i < 16; ++i) x[half][i] = _mm512_setzero_si512();
+          if (!empty[half]) load_transposed(values + half * 16, d, x[half], vset(1.0f));
+        }
         for (int i = 0; i < 16; ++i) {
           __m512i part[kK];
           split_pair<kK, true>(_mm512_castsi512_ps(x[0][i]), _mm512_castsi512_ps(x[1][i]), part);
@@ -252,99 +255,85 @@ class AmxKernel {
     }
   }
 
-  // A strip of up to four row tiles is worked on at a time: each tile of K or V that comes from the second-level
-  // cache then serves four products, which is what keeps that cache from being the limit. Tile registers: 0-3
-  // results, 4 and (for one or two row tiles, which would leave too few independent results) 7 the shared
-  // operand, 5 and 6 the rows'.
+  // Tile registers: 0-3 are the results of two tiles of K or V (in 4 and 7) with two row tiles (5 and 6). Each
+  // tile loaded serves two products, so that the loads are not the limit.
 
-  // Scores of key tile k, and k + 1 if kRows <= 2, with row tiles tile .. tile + kRows - 1.
-  template <int kRows>
+  // Scores of key tiles k, k + 1 with row tiles tile, tile + 1 (if kTwo).
+  template <bool kTwo>
   void score(int tile, int k) const {
     TRANCHE_TILE_ZERO(0);
-    TRANCHE_TILE_ZERO(1);
     TRANCHE_TILE_ZERO(2);
-    TRANCHE_TILE_ZERO(3);
+    if (kTwo) {
+      TRANCHE_TILE_ZERO(1);
+      TRANCHE_TILE_ZERO(3);
+    }
     const int64_t row = int64_t(dim_blocks_) * kTileBytes;
     const char *q = q_ + tile * row, *key = k_ + k * row;
     for (int db = 0; db < dim_blocks_; ++db, q += kTileBytes, key += kTileBytes) {
 #pragma GCC unroll 3
       for (int j = 0; j < kK; ++j) {
         TRANCHE_TILE_LOAD(4, key + j * k_part_, 64);
-        if (kRows <= 2) TRANCHE_TILE_LOAD(7, key + j * k_part_ + row, 64);
+        TRANCHE_TILE_LOAD(7, key + j * k_part_ + row, 64);
 #pragma GCC unroll 3
-        for (int i = 0; i + j < kQ; ++i) products<kRows>(q + i * q_part_, row);
+        for (int i = 0; i + j < kQ; ++i) products<kTwo>(q + i * q_part_, row);
       }
     }
-    const int64_t next = int64_t(keys_) * kLanes;
-    store_results<kRows>(scores_ + k * 16 * kLanes, next, 16 * kLanes);
+    float *to = scores_ + k * 16 * kLanes, *next = to + int64_t(keys_) * kLanes;
+    TRANCHE_TILE_STORE(0, to, 64);
+    TRANCHE_TILE_STORE(2, to + 16 * kLanes, 64);
+    if (kTwo) {
+      TRANCHE_TILE_STORE(1, next, 64);
+      TRANCHE_TILE_STORE(3, next + 16 * kLanes, 64);
+    }
   }
 
-  // Adds the shared groups to column tile d, and d + 1 if kRows <= 2, of the output of kRows row tiles.
-  template <int kRows>
+  // Adds the shared groups to column tiles d, d + 1 (if there is one) of the output of one or two row tiles.
+  template <bool kTwo>
   void accumulate(int groups, int d, float* out) const {
-    float* out0 = out + int64_t(d) * 16 * kLanes;
-    const int64_t next = int64_t(dim_) * kLanes;
+    float *out0 = out + int64_t(d) * 16 * kLanes, *out1 = out0 + int64_t(dim_) * kLanes;
     const bool second = d + 1 < dim_tiles_;
     TRANCHE_TILE_LOAD(0, out0, 64);
-    if (kRows >= 2) TRANCHE_TILE_LOAD(1, out0 + next, 64);
-    if (kRows >= 3) TRANCHE_TILE_LOAD(2, out0 + 2 * next, 64);
-    if (kRows >= 4) TRANCHE_TILE_LOAD(3, out0 + 3 * next, 64);
-    if (kRows <= 2 && second) TRANCHE_TILE_LOAD(2, out0 + 16 * kLanes, 64);
-    if (kRows == 2 && second) TRANCHE_TILE_LOAD(3, out0 + next + 16 * kLanes, 64);
+    if (kTwo) TRANCHE_TILE_LOAD(1, out1, 64);
+    if (second) TRANCHE_TILE_LOAD(2, out0 + 16 * kLanes, 64);
+    if (kTwo && second) TRANCHE_TILE_LOAD(3, out1 + 16 * kLanes, 64);
     const char *value = v_ + d * kTileBytes, *weight = weights_;
     for (int g = 0; g < groups; ++g, value += dim_tiles_ * kTileBytes, weight += kTileBytes) {
 #pragma GCC unroll 3
       for (int j = 0; j < kK; ++j) {
         TRANCHE_TILE_LOAD(4, value + j * v_part_, 64);
-        if (kRows <= 2) TRANCHE_TILE_LOAD(7, value + j * v_part_ + (second ? kTileBytes : 0), 64);
+        TRANCHE_TILE_LOAD(7, value + j * v_part_ + (second ? kTileBytes : 0), 64);
 #pragma GCC unroll 3
-        for (int i = 0; i + j < kQ; ++i) products<kRows>(weight + i * p_part_, kChunkGroups * kTileBytes);
+        for (int i = 0; i + j < kQ; ++i) products<kTwo>(weight + i * p_part_, kChunkGroups * kTileBytes);
       }
     }
-    store_results<kRows>(out0, next, second ? 16 * kLanes : 0);
+    TRANCHE_TILE_STORE(0, out0, 64);
+    if (kTwo) TRANCHE_TILE_STORE(1, out1, 64);
+    if (second) TRANCHE_TILE_STORE(2, out0 + 16 * kLanes, 64);
+    if (kTwo && second) TRANCHE_TILE_STORE(3, out1 + 16 * kLanes, 64);
   }
 
-  // Results 0 .. kRows - 1 += tile 4 times the row tiles at `rows`; for kRows <= 2 also 2, 3 += tile 7 times them.
-  template <int kRows>
+  // Results 0 and 2 += tiles 4 and 7 times the row tile at `rows`; 1 and 3 with the next, `stride` bytes on.
+  template <bool kTwo>
   TRANCHE_INLINE void products(const char* rows, int64_t stride) {
     TRANCHE_TILE_LOAD(5, rows, 64);
     TRANCHE_TILE_DOT_BF16(0, 4, 5);
-    if (kRows <= 2) TRANCHE_TILE_DOT_BF16(2, 7, 5);
-    if (kRows >= 2) {
+    TRANCHE_TILE_DOT_BF16(2, 7, 5);
+    if (kTwo) {
       TRANCHE_TILE_LOAD(6, rows + stride, 64);
       TRANCHE_TILE_DOT_BF16(1, 4, 6);
-      if (kRows == 2) TRANCHE_TILE_DOT_BF16(3, 7, 6);
-    }
-    if (kRows >= 3) {
-      TRANCHE_TILE_LOAD(7, rows + 2 * stride, 64);
-      TRANCHE_TILE_DOT_BF16(2, 4, 7);
-    }
-    if (kRows >= 4) {
-      TRANCHE_TILE_LOAD(5, rows + 3 * stride, 64);
-      TRANCHE_TILE_DOT_BF16(3, 4, 5);
+      TRANCHE_TILE_DOT_BF16(3, 7, 6);
     }
   }
 
-  // `second`: from a result of tile 4 to that of tile 7; 0: leave the latter.
-  template <int kRows>
-  TRANCHE_INLINE void store_results(float* to, int64_t next, int64_t second) {
-    TRANCHE_TILE_STORE(0, to, 64);
-    if (kRows >= 2) TRANCHE_TILE_STORE(1, to + next, 64);
-    if (kRows >= 3) TRANCHE_TILE_STORE(2, to + 2 * next, 64);
-    if (kRows >= 4) TRANCHE_TILE_STORE(3, to + 3 * next, 64);
-    if (kRows <= 2 && second) TRANCHE_TILE_STORE(2, to + second, 64);
-    if (kRows == 2 && second) TRANCHE_TILE_STORE(3, to + next + second, 64);
-  }
-
-  template <int kRows>
+  template <bool kTwo>
   void strip(const Block& block, const Chunk& chunk, int groups, int key_tiles, int tile, const Partial& result) {
-    constexpr int kAtOnce = kRows <= 2 ? 2 : 1;
-    for (int k = 0; k < key_tiles; k += kAtOnce) score<kRows>(tile, k);
-    for (int t = 0; t < kRows; ++t) softmax(block, chunk, groups, tile + t, t, result);
+    constexpr int kTiles = kTwo ? 2 : 1;
+    for (int k = 0; k < key_tiles; k += 2) score<kTwo>(tile, k);
+    for (int t = 0; t < kTiles; ++t) softmax(block, chunk, groups, tile + t, t, result);
     float* out = result.out + int64_t(tile) * dim_ * kLanes;
-    for (int d = 0; d < dim_tiles_; d += kAtOnce) accumulate<kRows>(groups, d, out);
+    for (int d = 0; groups > 0 && d < dim_tiles_; d += 2) accumulate<kTwo>(groups, d, out);
     if (chunk.nodes == 0 && groups * kGroup >= chunk.prefix) return;
-    for (int t = 0; t < kRows; ++t) {
+    for (int t = 0; t < kTiles; ++t) {
       own_groups(block, chunk, groups, tile + t, scores_ + int64_t(t) * keys_ * kLanes,
                  out + int64_t(t) * dim_ * kLanes);
     }
@@ -490,7 +479,7 @@ class AmxKernel {
   int64_t q_part_ = 0, k_part_ = 0, v_part_ = 0, p_part_ = 0;  // bytes from a part to the next
   float factor_ = 0.0f;
   char *q_ = nullptr, *k_ = nullptr, *v_ = nullptr, *weights_ = nullptr;  // packed, by part
-  float* scores_ = nullptr;                                             // [4][keys_][16]
+  float* scores_ = nullptr;                                             // [2][keys_][16]
   char *v_path_ = nullptr, *weights_path_ = nullptr;
   int32_t* path_ = nullptr;    // node of the path at each depth
   bool* nonfinite_ = nullptr;  // of the keys that are not shared: whether the value has NaN or infinity
