@@ -15,7 +15,8 @@ void check_parents(const TensorChecks& check, const Tensor& parent, const Tensor
     for (int64_t i = 0; i < counts[b]; ++i) {
       const int64_t got = parents[b * nodes + i];
       check.index(i == 0 ? got == -1 : got >= 0 && got < i,
-                  concat("parent[", b, ", ", i, "] ", i == 0 ? std::string("== -1 (the root)") : concat("in [0, ", i, ")")),
+                  concat("parent[", b, ", ", i, "] ",
+                         i == 0 ? std::string("== -1 (the root)") : concat("in [0, ", i, ")")),
                   concat(got), "Number the nodes so that every parent comes before its children.");
     }
   }
@@ -44,7 +45,7 @@ std::tuple<Tensor, Tensor> tree_ancestors(const Tensor& parent, const Tensor& n_
   params.batch = int32_t(batch);
   params.nodes = int32_t(nodes);
   params.words = int32_t(words);
-  RUN_KERNEL(tree_ancestors, params, parent);
+  RUN_KERNEL(tree_ancestors, params, parent, n_nodes, ancestors, depth);
   return {ancestors, depth};
 }
 

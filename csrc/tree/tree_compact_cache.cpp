@@ -109,7 +109,7 @@ void tree_compact_cache_(const std::vector<Tensor> caches, const Tensor& path, c
     }
     p.vector_bytes = alignment.bytes();
     p.advance = first + kMaxCompactTensors >= caches.size();
-    RUN_KERNEL(tree_compact_cache_, p, path);
+    RUN_KERNEL(tree_compact_cache_, p, path, length, cache_seqlens, caches, block_table);
   }
 }
 

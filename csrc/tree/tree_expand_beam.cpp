@@ -52,12 +52,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tree_expand_beam(const Tensor
   const Tensor workspace = empty_on(logprobs, {int64_t(KERNEL(tree_expand_beam_workspace)(p))}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
 #if defined(TRANCHE_BACKEND_CPU)
-  RUN_KERNEL(tree_expand_beam, p, logprobs);
+  const Tensor arrivals = empty_on(logprobs, {0}, ScalarType::Int);  // its threads are waited for
 #else
   const Tensor arrivals = zeros_on(logprobs, {batch}, ScalarType::Int);
-  p.arrivals = reinterpret_cast<uint32_t*>(mutable_data<int32_t>(arrivals));
-  RUN_KERNEL(tree_expand_beam, p, logprobs);
 #endif
+  p.arrivals = reinterpret_cast<uint32_t*>(mutable_data<int32_t>(arrivals));
+  RUN_KERNEL(tree_expand_beam, p, logprobs, beam_scores, scores, parent_beam, tokens, candidate_scores, candidate_tokens,
+             workspace, arrivals);
   return {scores, parent_beam, tokens, candidate_scores, candidate_tokens};
 }
 

@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tree_select(const Ten
   p.nodes = int32_t(nodes);
   p.words = int32_t(words);
   p.type = dtype_of_tensor(scores);
-  RUN_KERNEL(tree_select, p, scores);
+  RUN_KERNEL(tree_select, p, scores, parents, tokens, root_tokens, parent, n_nodes, depth, ancestors, node_tokens, index);
   return {parent, n_nodes, depth, ancestors, node_tokens, index};
 }
 

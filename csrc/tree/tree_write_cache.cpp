@@ -134,7 +134,8 @@ void tree_write_cache_(const Tensor& k, const Tensor& v, const Tensor& k_cache, 
   p.cache_type = dtype_of_tensor(k_cache);
   p.rope_type = cos ? dtype_of_tensor(*cos) : p.type;
   if (checks_values()) check_slots(check, a, p);
-  RUN_KERNEL(tree_write_cache_, p, k);
+  RUN_KERNEL(tree_write_cache_, p, k, v, k_cache, v_cache, cache_seqlens, depth, n_nodes, block_table, cos, sin, k_scale,
+             v_scale);
 }
 
 REGISTER_OP(tree_write_cache_,

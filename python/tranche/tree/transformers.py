@@ -158,7 +158,9 @@ AttentionInterface.register("tranche_tree", tranche_tree)
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, cache: TreeCache, tokens: Tensor, tree: Tree, *, exact: bool = False) -> Tensor:
+def evaluate(
+    model: PreTrainedModel, cache: TreeCache, tokens: Tensor, tree: Tree, *, exact: bool = False
+) -> Tensor:
     """Logits of every node of the trees, in one pass, without gradients.
 
     Args:
@@ -186,7 +188,9 @@ def evaluate(model: PreTrainedModel, cache: TreeCache, tokens: Tensor, tree: Tre
         cache.tree = None
 
 
-def prefill(model: PreTrainedModel, cache: TreeCache, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+def prefill(
+    model: PreTrainedModel, cache: TreeCache, tokens: Tensor, lengths: Tensor | None = None
+) -> Tensor:
     """Commit prompts, in chained chunks; returns the logits [B, V] after each prompt's last token.
 
     Args:
@@ -209,5 +213,7 @@ def prefill(model: PreTrainedModel, cache: TreeCache, tokens: Tensor, lengths: T
         last = ends if last is None else torch.where((counts > 0)[:, None], ends, last)
         cache.seqlens += counts
     if last is None:
-        raise ValueError("tranche.tree.transformers.prefill: expected prompts of at least one token, got none.")
+        raise ValueError(
+            "tranche.tree.transformers.prefill: expected prompts of at least one token, got none."
+        )
     return last
