@@ -178,18 +178,20 @@ inline Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> shape,
                                   type);
 }
 
-// As above, filled with zeros on the current stream (on CUDA a launch of its own: for counters, not for data).
+// As above, filled with zeros on the current stream (on CUDA a launch of its own: for counters, not for
+// data).
 inline Tensor zeros_on(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
   const std::vector<int64_t> sizes(shape);
-  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
+  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()),
+                                  type);
 }
 
 // ---- calling a kernel and registering an op
 // -----------------------------------------------------------------
 
-// KERNEL(name): the backend's host function. RUN_KERNEL(name, params, tensors...): its kernel, on the device of
-// the first tensor and torch's current stream there. The tensors are all that the kernel may touch: the simulator
-// holds it to that.
+// KERNEL(name): the backend's host function. RUN_KERNEL(name, params, tensors...): its kernel, on the device
+// of the first tensor and torch's current stream there. The tensors are all that the kernel may touch: the
+// simulator holds it to that.
 #if defined(TRANCHE_BACKEND_CPU)
 
 #define KERNEL(name) ::tranche::cpu::name
@@ -204,10 +206,10 @@ inline void* current_stream(int32_t device_index) {
 }
 
 #define KERNEL(name) ::tranche::cuda::name
-#define RUN_KERNEL(name, params, first, ...)                                             \
-  do {                                                                                   \
-    const torch::stable::accelerator::DeviceGuard guard((first).get_device_index());     \
-    KERNEL(name)(params, ::tranche::current_stream((first).get_device_index()));         \
+#define RUN_KERNEL(name, params, first, ...)                                         \
+  do {                                                                               \
+    const torch::stable::accelerator::DeviceGuard guard((first).get_device_index()); \
+    KERNEL(name)(params, ::tranche::current_stream((first).get_device_index()));     \
   } while (false)
 
 #else
@@ -235,14 +237,14 @@ class SimulatedMemory {
         std::make_unique<sim::Buffer>(tensor.const_data_ptr(), size_t(last + 1) * tensor.element_size()));
   }
 
-  std::vector<std::unique_ptr<sim::Buffer>> buffers_;
+  std::vector<std::unique_ptr<sim::Buffer> > buffers_;
 };
 
 #define KERNEL(name) ::tranche::cuda::name
-#define RUN_KERNEL(name, params, ...)                      \
-  do {                                                     \
-    const ::tranche::SimulatedMemory memory(__VA_ARGS__);  \
-    KERNEL(name)(params, nullptr);                         \
+#define RUN_KERNEL(name, params, ...)                     \
+  do {                                                    \
+    const ::tranche::SimulatedMemory memory(__VA_ARGS__); \
+    KERNEL(name)(params, nullptr);                        \
   } while (false)
 
 #endif

@@ -5,7 +5,8 @@
 
 namespace tranche {
 
-__global__ void __launch_bounds__(TreeAncestorsTraits::kMaxNodes) tree_ancestors_kernel(TreeAncestorsParams p) {
+__global__ void __launch_bounds__(TreeAncestorsTraits::kMaxNodes)
+    tree_ancestors_kernel(TreeAncestorsParams p) {
   SHARED(TreeAncestorsShared, shared, 1);
   const int b = int(blockIdx.x), node = int(threadIdx.x);
   const int count = p.n_nodes[b] < 0 ? 0 : (p.n_nodes[b] > p.nodes ? p.nodes : p.n_nodes[b]);

@@ -1,5 +1,5 @@
-// Pointer doubling over one tree by one block: after round r a node knows its ancestors up to distance 2^r, and
-// points at the next one beyond. A node is one thread.
+// Pointer doubling over one tree by one block: after round r a node knows its ancestors up to distance 2^r,
+// and points at the next one beyond. A node is one thread.
 //
 // The bits of 1024 nodes are 128 KB, more than a block may have everywhere, so they are built a slab of
 // kSlabWords words at a time; trees of up to 256 nodes need one slab.
@@ -21,12 +21,12 @@ struct TreeAncestorsTraits {
 // What the threads of a block share while they find ancestors.
 struct TreeAncestorsShared {
   static constexpr int kWords = TreeAncestorsTraits::kSlabWords * TreeAncestorsTraits::kMaxNodes;
-  uint64_t bits[kWords];                          // [word][node]: neighbours in a warp are neighbours here
-  int32_t jump[TreeAncestorsTraits::kMaxNodes];   // the nearest ancestor not yet in bits, or -1
+  uint64_t bits[kWords];                         // [word][node]: neighbours in a warp are neighbours here
+  int32_t jump[TreeAncestorsTraits::kMaxNodes];  // the nearest ancestor not yet in bits, or -1
 };
 
-// Called by a whole block whose thread i is node i, with that node's parent (-1 at the root); nodes from `count` on
-// are padding. Writes ancestors [nodes, words] and depth [nodes] of one tree.
+// Called by a whole block whose thread i is node i, with that node's parent (-1 at the root); nodes from
+// `count` on are padding. Writes ancestors [nodes, words] and depth [nodes] of one tree.
 __device__ __forceinline__ void write_ancestors(TreeAncestorsShared& shared, int parent, int count, int nodes,
                                                 int words, int64_t* ancestors, int32_t* depth) {
   constexpr int kSlabWords = TreeAncestorsTraits::kSlabWords;

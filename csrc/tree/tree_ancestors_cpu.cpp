@@ -1,8 +1,8 @@
 // A tree is a task.
+#include "tree/tree_ancestors_cpu.h"
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "tree/tree_ancestors.h"
-#include "tree/tree_ancestors_cpu.h"
 
 namespace tranche::cpu::TRANCHE_ISA {
 
@@ -10,8 +10,8 @@ namespace {
 
 void one_tree(const TreeAncestorsParams& p, int64_t b) {
   const int32_t count = p.n_nodes[b] < 0 ? 0 : (p.n_nodes[b] > p.nodes ? p.nodes : p.n_nodes[b]);
-  write_ancestors(p.parent + b * p.parent_stride, count, p.nodes, p.words, p.ancestors + b * p.nodes * p.words,
-                  p.depth + b * p.nodes);
+  write_ancestors(p.parent + b * p.parent_stride, count, p.nodes, p.words,
+                  p.ancestors + b * p.nodes * p.words, p.depth + b * p.nodes);
 }
 
 }  // namespace

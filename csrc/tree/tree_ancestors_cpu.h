@@ -7,8 +7,8 @@
 
 namespace tranche::cpu::TRANCHE_ISA {
 
-// ancestors [nodes, words] and depth [nodes] from parents [nodes], of which the first `count` are in use. A parent that
-// is none counts as the root.
+// ancestors [nodes, words] and depth [nodes] from parents [nodes], of which the first `count` are in use. A
+// parent that is none counts as the root.
 TRANCHE_INLINE void write_ancestors(const int32_t* parents, int64_t count, int64_t nodes, int64_t words,
                                     int64_t* ancestors, int32_t* depth) {
   for (int64_t i = 0; i < nodes; ++i) {

@@ -12,8 +12,8 @@ inline int64_t slots_of_sequence(const Tensor& cache, const std::optional<Tensor
 
 // The layout of one cache tensor [B, S, Hkv, D], or [pages, page_size, Hkv, D] with a block table.
 inline void check_cache_layout(const TensorChecks& check, const char* name, const Tensor& cache,
-                               const std::optional<Tensor>& block_table, int64_t batch, const char* batch_name,
-                               const Tensor& like, const char* like_name) {
+                               const std::optional<Tensor>& block_table, int64_t batch,
+                               const char* batch_name, const Tensor& like, const char* like_name) {
   check.dim(name, cache, 4, block_table ? "[pages, page_size, Hkv, D]" : "[B, S, Hkv, D]");
   check.same_device(name, cache, like_name, like);
   check.last_contiguous(name, cache);
@@ -23,9 +23,11 @@ inline void check_cache_layout(const TensorChecks& check, const char* name, cons
     check.dtype("block_table", table, {ScalarType::Int});
     check.same_device("block_table", table, like_name, like);
     check.last_contiguous("block_table", table);
-    check.equal("block_table.size(0)", table.size(0), batch_name, batch, "Give each sequence its row of pages.");
+    check.equal("block_table.size(0)", table.size(0), batch_name, batch,
+                "Give each sequence its row of pages.");
     check.that(cache.size(0) > 0, concat(name, ".size(0) > 0 (pages)"), "0", "Allocate pages.");
-    check.that(cache.size(1) > 0, concat(name, ".size(1) > 0 (slots per page)"), "0", "Allocate pages with slots.");
+    check.that(cache.size(1) > 0, concat(name, ".size(1) > 0 (slots per page)"), "0",
+               "Allocate pages with slots.");
   } else {
     check.equal(concat(name, ".size(0)").c_str(), cache.size(0), batch_name, batch,
                 "A cache without block_table holds one row per sequence.");
@@ -44,7 +46,10 @@ class SlotValues {
  public:
   SlotValues(const TensorChecks& check, const Tensor& cache_seqlens, const CacheSlots& slots,
              const std::optional<Tensor>& block_table)
-      : check_(check), slots_(slots), lengths_(cache_seqlens), columns_(block_table ? block_table->size(1) : 0) {
+      : check_(check),
+        slots_(slots),
+        lengths_(cache_seqlens),
+        columns_(block_table ? block_table->size(1) : 0) {
     if (block_table) pages_.emplace(*block_table);
   }
 
@@ -52,9 +57,11 @@ class SlotValues {
 
   void check(int64_t b, int64_t more, const char* what) const {
     const int64_t length = lengths_[b];
-    check_.in_range("cache_seqlens", b, length, 0, slots_.capacity, "It counts the committed tokens in the cache.");
-    check_.index(length + more <= slots_.capacity, concat("cache_seqlens[", b, "] + ", what, " <= ", slots_.capacity),
-                 concat(length + more), pages_ ? "Give block_table more pages." : "Allocate a longer cache.");
+    check_.in_range("cache_seqlens", b, length, 0, slots_.capacity,
+                    "It counts the committed tokens in the cache.");
+    check_.index(length + more <= slots_.capacity,
+                 concat("cache_seqlens[", b, "] + ", what, " <= ", slots_.capacity), concat(length + more),
+                 pages_ ? "Give block_table more pages." : "Allocate a longer cache.");
     if (!pages_) return;
     for (int64_t i = length / slots_.page_size; i * slots_.page_size < length + more; ++i) {
       const int64_t page = (*pages_)[b * columns_ + i];

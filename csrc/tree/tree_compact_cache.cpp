@@ -40,14 +40,16 @@ void check_caches(const TensorChecks& check, const std::vector<Tensor>& caches, 
                 {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double,
                  ScalarType::Float8_e4m3fn});
     for (int64_t d = 0; d < 2; ++d) {
-      check.equal(concat(name, ".size(", d, ")").c_str(), caches[i].size(d), concat("caches[0].size(", d, ")").c_str(),
-                  caches[0].size(d), "All caches of a call hold the same sequences in the same slots.");
+      check.equal(concat(name, ".size(", d, ")").c_str(), caches[i].size(d),
+                  concat("caches[0].size(", d, ")").c_str(), caches[0].size(d),
+                  "All caches of a call hold the same sequences in the same slots.");
     }
   }
 }
 
-void check_paths(const TensorChecks& check, const Tensor& path, const Tensor& length, const Tensor& cache_seqlens,
-                 const CacheSlots& slots, const std::optional<Tensor>& block_table) {
+void check_paths(const TensorChecks& check, const Tensor& path, const Tensor& length,
+                 const Tensor& cache_seqlens, const CacheSlots& slots,
+                 const std::optional<Tensor>& block_table) {
   const HostValues<int32_t> paths(path), lengths(length);
   const SlotValues values(check, cache_seqlens, slots, block_table);
   const int64_t nodes = path.size(1);
@@ -58,7 +60,8 @@ void check_paths(const TensorChecks& check, const Tensor& path, const Tensor& le
       const int64_t node = paths[b * nodes + j];
       const bool ascends = j == 0 ? node == 0 : node > last && node < nodes;
       check.index(ascends,
-                  concat("path[", b, ", ", j, "] ", j == 0 ? "== 0 (the root)" : concat("in (", last, ", ", nodes, ")")),
+                  concat("path[", b, ", ", j, "] ",
+                         j == 0 ? "== 0 (the root)" : concat("in (", last, ", ", nodes, ")")),
                   concat(node), "An accepted path goes from the root to ever larger nodes.");
       last = node;
     }
@@ -92,14 +95,16 @@ void tree_compact_cache_(const std::vector<Tensor> caches, const Tensor& path, c
   for (size_t first = 0; first < caches.size(); first += kMaxCompactTensors) {
     CommonAlignment alignment;
     int layouts = 0;
-    p.tensors = int32_t(caches.size() - first < kMaxCompactTensors ? caches.size() - first : kMaxCompactTensors);
+    p.tensors =
+        int32_t(caches.size() - first < kMaxCompactTensors ? caches.size() - first : kMaxCompactTensors);
     for (int i = 0; i < p.tensors; ++i) {
       const Tensor& cache = caches[first + i];
       const CompactLayout layout = layout_of(cache);
       int l = 0;
       while (l < layouts && !same(p.layouts[l], layout)) ++l;
-      check.that(l < kMaxCompactLayouts, concat("at most ", kMaxCompactLayouts, " different strides among 256 caches"),
-                 "more", "Allocate the layers' caches alike.");
+      check.that(l < kMaxCompactLayouts,
+                 concat("at most ", kMaxCompactLayouts, " different strides among 256 caches"), "more",
+                 "Allocate the layers' caches alike.");
       if (l == layouts) p.layouts[layouts++] = layout;
       p.layout_of[i] = uint8_t(l);
       p.caches[i] = cache.mutable_data_ptr();

@@ -1,8 +1,8 @@
-// One thread moves one column (16 bytes of one head of one cache tensor) through all rows of the path in order, so
-// that no thread ever reads what another writes.
+// One thread moves one column (16 bytes of one head of one cache tensor) through all rows of the path in
+// order, so that no thread ever reads what another writes.
 //
-// The lengths advance in the same launch although every block reads them: the word that holds a length counts its
-// readers in the bits above the capacity's. A block's one access is atomicAdd(word, 1 << bits), which
+// The lengths advance in the same launch although every block reads them: the word that holds a length counts
+// its readers in the bits above the capacity's. A block's one access is atomicAdd(word, 1 << bits), which
 // returns the length below and the number of earlier readers above; the last reader stores the new length.
 #pragma once
 
@@ -32,7 +32,8 @@ __device__ __forceinline__ int32_t read_and_advance(const TreeCompactCacheLaunch
   const uint32_t seen = atomicAdd(word, uint32_t(reader));
   const int32_t base = clamped(int32_t(seen & uint32_t(reader - 1)), 0, p.slots.capacity);
   const uint32_t earlier_readers = uint32_t(uint64_t(seen) >> launch.length_bits);
-  if (earlier_readers == gridDim.y * gridDim.z - 1) atomicExch(word, uint32_t(base + moved_rows(p, b, base) + 1));
+  if (earlier_readers == gridDim.y * gridDim.z - 1)
+    atomicExch(word, uint32_t(base + moved_rows(p, b, base) + 1));
   return base;
 }
 
@@ -56,7 +57,8 @@ __global__ void __launch_bounds__(TreeCompactCacheTraits::kThreads, TreeCompactC
                       (column % vectors) * int64_t(sizeof(Vector));
       const auto row = [&](int32_t slot) {
         const SlotPlace place = place_of(p.slots, b, base + slot);
-        return reinterpret_cast<Vector*>(address + place.page * layout.stride[0] + place.slot * layout.stride[1]);
+        return reinterpret_cast<Vector*>(address + place.page * layout.stride[0] +
+                                         place.slot * layout.stride[1]);
       };
       for (int first = 1; first <= rows; first += kInFlight) {
         Vector held[kInFlight];

@@ -16,24 +16,24 @@ struct CompactLayout {
   int32_t heads, row_bytes;
 };
 
-// Row path[b, j] of sequence b's tree, in slot cache_seqlens[b] + path[b, j], moves to slot cache_seqlens[b] + j, for
-// j = 1..length[b]; then cache_seqlens[b] += length[b] + 1. Paths ascend, so path[b, j] >= j and moving in
-// ascending order of j never overwrites a row that is still to be read.
+// Row path[b, j] of sequence b's tree, in slot cache_seqlens[b] + path[b, j], moves to slot cache_seqlens[b]
+// + j, for j = 1..length[b]; then cache_seqlens[b] += length[b] + 1. Paths ascend, so path[b, j] >= j and
+// moving in ascending order of j never overwrites a row that is still to be read.
 //
 // What the cpu backend refuses: length is clamped to [-1, N - 1] and so that no slot past the capacity is
-// written; an entry of path outside [j, N), or past the capacity, leaves slot j as it is. A cache_seqlens outside
-// [0, capacity] moves nothing out of bounds and is left with an unspecified value.
+// written; an entry of path outside [j, N), or past the capacity, leaves slot j as it is. A cache_seqlens
+// outside [0, capacity] moves nothing out of bounds and is left with an unspecified value.
 struct TreeCompactCacheParams {
   void* caches[kMaxCompactTensors];  // [B, S, Hkv, D], or [num_pages, page_size, Hkv, D]
   CompactLayout layouts[kMaxCompactLayouts];
   uint8_t layout_of[kMaxCompactTensors];
-  const int32_t* path;               // [B, N], contiguous
-  const int32_t* length;             // [B]
-  int32_t* cache_seqlens;            // [B], in and out
+  const int32_t* path;     // [B, N], contiguous
+  const int32_t* length;   // [B]
+  int32_t* cache_seqlens;  // [B], in and out
   CacheSlots slots;
   int32_t batch, nodes, tensors;
-  int32_t vector_bytes;              // 1, 2, 4, 8 or 16: divides every address, stride and row
-  bool advance;                      // false in all launches but the last, when one is not enough
+  int32_t vector_bytes;  // 1, 2, 4, 8 or 16: divides every address, stride and row
+  bool advance;          // false in all launches but the last, when one is not enough
 };
 static_assert(sizeof(TreeCompactCacheParams) <= 4096, "CUDA's limit of kernel parameters");
 

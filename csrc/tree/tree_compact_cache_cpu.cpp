@@ -9,7 +9,8 @@ namespace tranche::cpu::TRANCHE_ISA {
 
 namespace {
 
-char* slot_address(const TreeCompactCacheParams& p, char* cache, const CompactLayout& layout, int32_t b, int32_t slot) {
+char* slot_address(const TreeCompactCacheParams& p, char* cache, const CompactLayout& layout, int32_t b,
+                   int32_t slot) {
   const SlotPlace place = place_of(p.slots, b, slot);
   return cache + place.page * layout.stride[0] + place.slot * layout.stride[1];
 }
@@ -27,7 +28,8 @@ void one_sequence(const TreeCompactCacheParams& p, int32_t b, int32_t tensor) {
     const char* from = slot_address(p, cache, layout, b, base + node);
     char* to = slot_address(p, cache, layout, b, base + j);
     if (from == to) continue;  // only a broken block table puts two slots in one place
-    for (int32_t h = 0; h < pieces; ++h) memcpy(to + h * layout.stride[2], from + h * layout.stride[2], size_t(bytes));
+    for (int32_t h = 0; h < pieces; ++h)
+      memcpy(to + h * layout.stride[2], from + h * layout.stride[2], size_t(bytes));
   }
 }
 

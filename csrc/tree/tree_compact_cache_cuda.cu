@@ -7,11 +7,16 @@ using Kernel = void (*)(TreeCompactCacheLaunch);
 
 Kernel kernel_for(int vector_bytes) {
   switch (vector_bytes) {
-    case 16: return tree_compact_cache_kernel<uint4>;
-    case 8: return tree_compact_cache_kernel<uint2>;
-    case 4: return tree_compact_cache_kernel<uint32_t>;
-    case 2: return tree_compact_cache_kernel<uint16_t>;
-    default: return tree_compact_cache_kernel<uint8_t>;
+    case 16:
+      return tree_compact_cache_kernel<uint4>;
+    case 8:
+      return tree_compact_cache_kernel<uint2>;
+    case 4:
+      return tree_compact_cache_kernel<uint32_t>;
+    case 2:
+      return tree_compact_cache_kernel<uint16_t>;
+    default:
+      return tree_compact_cache_kernel<uint8_t>;
   }
 }
 

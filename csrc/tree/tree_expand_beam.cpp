@@ -6,12 +6,13 @@
 namespace tranche {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tree_expand_beam(const Tensor& logprobs, const Tensor& beam_scores,
-                                                                    int64_t k) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tree_expand_beam(const Tensor& logprobs,
+                                                                    const Tensor& beam_scores, int64_t k) {
   const TensorChecks check("tree_expand_beam");
   check.dim("logprobs", logprobs, 3, "[B, K, V]");
 #if defined(TRANCHE_BACKEND_CPU)
-  check.dtype("logprobs", logprobs, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double});
+  check.dtype("logprobs", logprobs,
+              {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double});
 #else
   check.dtype("logprobs", logprobs, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
 #endif
@@ -20,9 +21,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tree_expand_beam(const Tensor
   const bool is_double = logprobs.scalar_type() == ScalarType::Double;
   const ScalarType score_type = is_double ? ScalarType::Double : ScalarType::Float;
   check.exactly("beam_scores", beam_scores, score_type, {batch, beams}, "[B, K]", "logprobs", logprobs);
-  check.that(beams >= 1 && beams <= kMaxBeam, concat("logprobs.size(1) in [1, ", kMaxBeam, "]"), concat(beams),
-             "A level grows from 1 to 128 beams.");
-  check.that(vocab <= kMaxVocab, concat("logprobs.size(2) <= ", kMaxVocab), concat(vocab), "Use a smaller vocabulary.");
+  check.that(beams >= 1 && beams <= kMaxBeam, concat("logprobs.size(1) in [1, ", kMaxBeam, "]"),
+             concat(beams), "A level grows from 1 to 128 beams.");
+  check.that(vocab <= kMaxVocab, concat("logprobs.size(2) <= ", kMaxVocab), concat(vocab),
+             "Use a smaller vocabulary.");
   check.that(k >= 0 && k <= kMaxBeam, concat("k in [0, ", kMaxBeam, "]"), concat(k), "Keep a narrower beam.");
   check.that(k <= vocab, concat("k <= logprobs.size(2) (", vocab, ")"), concat(k),
              "A beam has no more children than there are tokens.");
@@ -49,7 +51,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tree_expand_beam(const Tensor
   p.vocab = int32_t(vocab);
   p.k = int32_t(k);
   p.type = dtype_of_tensor(logprobs);
-  const Tensor workspace = empty_on(logprobs, {int64_t(KERNEL(tree_expand_beam_workspace)(p))}, ScalarType::Byte);
+  const Tensor workspace =
+      empty_on(logprobs, {int64_t(KERNEL(tree_expand_beam_workspace)(p))}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
 #if defined(TRANCHE_BACKEND_CPU)
   const Tensor arrivals = empty_on(logprobs, {0}, ScalarType::Int);  // its threads are waited for
@@ -57,14 +60,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tree_expand_beam(const Tensor
   const Tensor arrivals = zeros_on(logprobs, {batch}, ScalarType::Int);
 #endif
   p.arrivals = reinterpret_cast<uint32_t*>(mutable_data<int32_t>(arrivals));
-  RUN_KERNEL(tree_expand_beam, p, logprobs, beam_scores, scores, parent_beam, tokens, candidate_scores, candidate_tokens,
-             workspace, arrivals);
+  RUN_KERNEL(tree_expand_beam, p, logprobs, beam_scores, scores, parent_beam, tokens, candidate_scores,
+             candidate_tokens, workspace, arrivals);
   return {scores, parent_beam, tokens, candidate_scores, candidate_tokens};
 }
 
-REGISTER_OP(tree_expand_beam,
-            "(Tensor logprobs, Tensor beam_scores, SymInt k) -> (Tensor scores, Tensor parent_beam, Tensor tokens, "
-            "Tensor candidate_scores, Tensor candidate_tokens)")
+REGISTER_OP(
+    tree_expand_beam,
+    "(Tensor logprobs, Tensor beam_scores, SymInt k) -> (Tensor scores, Tensor parent_beam, Tensor tokens, "
+    "Tensor candidate_scores, Tensor candidate_tokens)")
 
 }  // namespace
 }  // namespace tranche

@@ -1,9 +1,10 @@
-// One block ranks one tile of a row of logprobs, which it holds in registers; the last block of a sequence to finish
-// merges the sequence's lists.
+// One block ranks one tile of a row of logprobs, which it holds in registers; the last block of a sequence to
+// finish merges the sequence's lists.
 //
-// Within a tile: the k-th largest of the threads' own maxima bounds the k-th largest of the tile from below, and at
-// most k threads reach it, so that at most k * kPerThread elements pass to the exact ranking. Elements are compared as
-// whole numbers, (score, lower token) in one, all different: the result does not depend on how the row was cut.
+// Within a tile: the k-th largest of the threads' own maxima bounds the k-th largest of the tile from below,
+// and at most k threads reach it, so that at most k * kPerThread elements pass to the exact ranking. Elements
+// are compared as whole numbers, (score, lower token) in one, all different: the result does not depend on
+// how the row was cut.
 #pragma once
 
 #include "core/launch.cuh"
@@ -18,10 +19,10 @@ struct TreeExpandBeamTraits {
   static constexpr int kPerThread = 32;
   static constexpr int kTileBits = 13;
   static constexpr int kTile = kThreads * kPerThread;
-  static constexpr int kMaxLists = 128;                   // that a warp merges: 4 heads in each lane
+  static constexpr int kMaxLists = 128;  // that a warp merges: 4 heads in each lane
   static constexpr int kListsPerLane = kMaxLists / 32;
-  static constexpr int kPool = kMaxBeam * kPerThread;     // entries that may pass to the ranking
-  static constexpr int kWarpPool = kPool / kWarps;        // the same memory, split for the merge
+  static constexpr int kPool = kMaxBeam * kPerThread;  // entries that may pass to the ranking
+  static constexpr int kWarpPool = kPool / kWarps;     // the same memory, split for the merge
   static_assert(kTile == 1 << kTileBits);
   static_assert(kMaxVocab <= int64_t(kMaxLists) * kTile && kMaxBeam <= kMaxLists, "merged by one warp");
   static_assert(kMaxBeam <= kThreads, "the bound counts threads");
@@ -44,8 +45,8 @@ __device__ __forceinline__ uint64_t warp_max(uint64_t x) {
   return x;
 }
 
-// The k largest of `count` lists of k entries each, all in descending order; take(rank, entry) is called by the whole
-// warp. 0 marks the end of a list.
+// The k largest of `count` lists of k entries each, all in descending order; take(rank, entry) is called by
+// the whole warp. 0 marks the end of a list.
 template <class Take>
 __device__ __forceinline__ void warp_merge(const uint64_t* lists, int count, int k, const Take& take) {
   constexpr int kListsPerLane = TreeExpandBeamTraits::kListsPerLane;
@@ -73,7 +74,8 @@ __device__ __forceinline__ void warp_merge(const uint64_t* lists, int count, int
   }
 }
 
-// This thread's scores as ordered bits; 0 past the row's end. Element j is number (j / W) * kThreads * W + thread * W
+// This thread's scores as ordered bits; 0 past the row's end. Element j is number (j / W) * kThreads * W +
+// thread * W
 // + j % W of the tile, whether or not it can be loaded W at a time.
 template <class T>
 __device__ __forceinline__ void load_scores(const T* row, int tile_start, int vocab, float beam, bool aligned,
@@ -104,8 +106,9 @@ __device__ __forceinline__ void load_scores(const T* row, int tile_start, int vo
 
 // Ranks the block's tile: list[0..k) in descending order, 0 where the tile has fewer elements.
 template <class T>
-__device__ __forceinline__ void rank_tile(const TreeExpandBeamParams& p, const T* row, int tile_start, float beam,
-                                          bool aligned, uint64_t* pool, int32_t* pool_count, uint64_t* list) {
+__device__ __forceinline__ void rank_tile(const TreeExpandBeamParams& p, const T* row, int tile_start,
+                                          float beam, bool aligned, uint64_t* pool, int32_t* pool_count,
+                                          uint64_t* list) {
   using Traits = TreeExpandBeamTraits;
   constexpr int W = 16 / int(sizeof(T)), kTileBits = Traits::kTileBits;
   const int thread = int(threadIdx.x);
@@ -152,8 +155,8 @@ __device__ __forceinline__ void rank_tile(const TreeExpandBeamParams& p, const T
 }
 
 // The candidates of every beam of sequence b, then the new beam. `lists`: [beams][tiles][k].
-__device__ __forceinline__ void merge_sequence(const TreeExpandBeamParams& p, int b, int tiles, const uint64_t* lists,
-                                               uint64_t* pool) {
+__device__ __forceinline__ void merge_sequence(const TreeExpandBeamParams& p, int b, int tiles,
+                                               const uint64_t* lists, uint64_t* pool) {
   using Traits = TreeExpandBeamTraits;
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, k = p.k;
   float* candidate_scores = static_cast<float*>(p.candidate_scores) + int64_t(b) * p.beams * k;
@@ -198,7 +201,8 @@ __device__ __forceinline__ void merge_sequence(const TreeExpandBeamParams& p, in
 
 // Grid: tile, beam, sequence.
 template <class T>
-__global__ void __launch_bounds__(TreeExpandBeamTraits::kThreads) tree_expand_beam_kernel(TreeExpandBeamParams p) {
+__global__ void __launch_bounds__(TreeExpandBeamTraits::kThreads)
+    tree_expand_beam_kernel(TreeExpandBeamParams p) {
   using Traits = TreeExpandBeamTraits;
   SHARED(uint64_t, pool, Traits::kPool);
   SHARED(int32_t, pool_count, 1);

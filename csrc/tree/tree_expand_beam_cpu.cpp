@@ -1,8 +1,8 @@
-// Each task streams one chunk of one row past the list of its k best so far: a vector of scores is looked at more
-// closely only when one of them beats the worst on the list, which happens about k log(V/k) times.
+// Each task streams one chunk of one row past the list of its k best so far: a vector of scores is looked at
+// more closely only when one of them beats the worst on the list, which happens about k log(V/k) times.
 //
-// Lists are filled in ascending order of token (chunk, flat position), and only a greater score displaces: ties go
-// to the lower one by themselves.
+// Lists are filled in ascending order of token (chunk, flat position), and only a greater score displaces:
+// ties go to the lower one by themselves.
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "core/simd.h"
@@ -129,11 +129,16 @@ size_t tree_expand_beam_workspace(const TreeExpandBeamParams& p) {
 
 void tree_expand_beam(const TreeExpandBeamParams& p) {
   switch (p.type) {
-    case DType::f64: return expand<double, double>(p);
-    case DType::f32: return expand<float, float>(p);
-    case DType::f16: return expand<half, float>(p);
-    case DType::bf16: return expand<bf16, float>(p);
-    case DType::e4m3: return;  // the op admits no such logprobs
+    case DType::f64:
+      return expand<double, double>(p);
+    case DType::f32:
+      return expand<float, float>(p);
+    case DType::f16:
+      return expand<half, float>(p);
+    case DType::bf16:
+      return expand<bf16, float>(p);
+    case DType::e4m3:
+      return;  // the op admits no such logprobs
   }
 }
 

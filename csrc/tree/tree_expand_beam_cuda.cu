@@ -25,7 +25,8 @@ void launch_kernel(const TreeExpandBeamParams& p, void* stream) {
     part.workspace = static_cast<uint64_t*>(p.workspace) + beams * tiles_of(p) * p.k;
     part.arrivals = p.arrivals + first;
     const dim3 grid{unsigned(tiles_of(p)), unsigned(p.beams), unsigned(part.batch)};
-    launch("tree_expand_beam", tree_expand_beam_kernel<T>, {grid, dim3(TreeExpandBeamTraits::kThreads)}, stream, part);
+    launch("tree_expand_beam", tree_expand_beam_kernel<T>, {grid, dim3(TreeExpandBeamTraits::kThreads)},
+           stream, part);
   }
 }
 
@@ -37,10 +38,14 @@ size_t tree_expand_beam_workspace(const TreeExpandBeamParams& p) {
 
 void tree_expand_beam(const TreeExpandBeamParams& p, void* stream) {
   switch (p.type) {
-    case DType::f32: return launch_kernel<float>(p, stream);
-    case DType::f16: return launch_kernel<half>(p, stream);
-    case DType::bf16: return launch_kernel<bf16>(p, stream);
-    default: throw std::runtime_error("tranche: tree_expand_beam: dtype was not checked");
+    case DType::f32:
+      return launch_kernel<float>(p, stream);
+    case DType::f16:
+      return launch_kernel<half>(p, stream);
+    case DType::bf16:
+      return launch_kernel<bf16>(p, stream);
+    default:
+      throw std::runtime_error("tranche: tree_expand_beam: dtype was not checked");
   }
 }
 

@@ -19,9 +19,11 @@ void check_candidate_parents(const TensorChecks& check, const Tensor& parents) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tree_select(const Tensor& scores, const Tensor& parents,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tree_select(const Tensor& scores,
+                                                                       const Tensor& parents,
                                                                        const Tensor& tokens,
-                                                                       const Tensor& root_tokens, int64_t nodes) {
+                                                                       const Tensor& root_tokens,
+                                                                       int64_t nodes) {
   const TensorChecks check("tree_select");
   check.dim("scores", scores, 2, "[B, C]");
 #if defined(TRANCHE_BACKEND_CPU)
@@ -65,13 +67,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tree_select(const Ten
   p.nodes = int32_t(nodes);
   p.words = int32_t(words);
   p.type = dtype_of_tensor(scores);
-  RUN_KERNEL(tree_select, p, scores, parents, tokens, root_tokens, parent, n_nodes, depth, ancestors, node_tokens, index);
+  RUN_KERNEL(tree_select, p, scores, parents, tokens, root_tokens, parent, n_nodes, depth, ancestors,
+             node_tokens, index);
   return {parent, n_nodes, depth, ancestors, node_tokens, index};
 }
 
-REGISTER_OP(tree_select,
-            "(Tensor scores, Tensor parents, Tensor tokens, Tensor root_tokens, SymInt n_nodes) -> (Tensor parent, "
-            "Tensor n_nodes, Tensor depth, Tensor ancestors, Tensor node_tokens, Tensor index)")
+REGISTER_OP(
+    tree_select,
+    "(Tensor scores, Tensor parents, Tensor tokens, Tensor root_tokens, SymInt n_nodes) -> (Tensor parent, "
+    "Tensor n_nodes, Tensor depth, Tensor ancestors, Tensor node_tokens, Tensor index)")
 
 }  // namespace
 }  // namespace tranche

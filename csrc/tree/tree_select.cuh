@@ -1,6 +1,6 @@
-// One block per tree. Keys come by pointer doubling over the candidates' parents; the least kept (key, lower index) is
-// found bit by bit, counting across the block; a running count in order of index numbers the kept candidates; and
-// tree_ancestors_block.cuh finishes the tree.
+// One block per tree. Keys come by pointer doubling over the candidates' parents; the least kept (key, lower
+// index) is found bit by bit, counting across the block; a running count in order of index numbers the kept
+// candidates; and tree_ancestors_block.cuh finishes the tree.
 #pragma once
 
 #include "core/launch.cuh"
@@ -17,8 +17,8 @@ struct TreeSelectTraits {
   static_assert(kMaxTreeNodes <= kMaxThreads, "a node is a thread");
 };
 
-// Bytes of dynamic shared memory: keys and jumps of the candidates, later the ancestors' bits in their place, and
-// every node's parent.
+// Bytes of dynamic shared memory: keys and jumps of the candidates, later the ancestors' bits in their place,
+// and every node's parent.
 TRANCHE_HD size_t tree_select_smem(int candidates) {
   const size_t own = size_t(candidates) * (sizeof(uint32_t) + sizeof(int32_t));
   const size_t work = own > sizeof(TreeAncestorsShared) ? own : sizeof(TreeAncestorsShared);
@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(TreeSelectTraits::kMaxThreads) tree_select_ker
   unsigned char* smem = dynamic_smem<unsigned char>();
   const int n = p.candidates, kept = kept_candidates(p), count = kept + 1;
   const int thread = int(threadIdx.x), threads = int(blockDim.x), b = int(blockIdx.x);
-  uint32_t* key_of = reinterpret_cast<uint32_t*>(smem);           // [C]
-  int32_t* jump_of = reinterpret_cast<int32_t*>(key_of + n);      // [C], then the candidates' nodes
+  uint32_t* key_of = reinterpret_cast<uint32_t*>(smem);       // [C]
+  int32_t* jump_of = reinterpret_cast<int32_t*>(key_of + n);  // [C], then the candidates' nodes
   int32_t* parent_of = reinterpret_cast<int32_t*>(smem + tree_select_smem(n)) - kMaxTreeNodes;  // [N]
 
   const float* scores = static_cast<const float*>(p.scores) + int64_t(b) * n;

@@ -12,10 +12,11 @@ constexpr int kMaxCandidates = 8192;  // C
 
 // Sizes: B trees of N nodes at most, C candidates each, W = ceil(N/64) words.
 //
-// The key of a candidate is the least score on its path, so that no candidate's exceeds its parent's; NaN counts as
-// -inf. The min(N - 1, C) candidates with the greatest (key, lower index) are kept: with a candidate comes its parent,
-// whose key is no less and whose index is lower. Nodes 1, 2, ... are the kept candidates in order of index. A parent
-// that is no earlier candidate (the cpu backend refuses it unless it is -1) counts as the root.
+// The key of a candidate is the least score on its path, so that no candidate's exceeds its parent's; NaN
+// counts as -inf. The min(N - 1, C) candidates with the greatest (key, lower index) are kept: with a
+// candidate comes its parent, whose key is no less and whose index is lower. Nodes 1, 2, ... are the kept
+// candidates in order of index. A parent that is no earlier candidate (the cpu backend refuses it unless it
+// is -1) counts as the root.
 struct TreeSelectParams {
   const void* scores;          // [B, C] float, or double on the CPU
   const int32_t* parents;      // [B, C] candidate, or -1 for a child of the root
@@ -29,7 +30,7 @@ struct TreeSelectParams {
   int32_t* index;              // [B, N] out: candidate; -1 at the root and past n_nodes
 
   int32_t batch, candidates, nodes, words;
-  DType type;                  // of scores
+  DType type;  // of scores
 };
 
 TRANCHE_HD int32_t kept_candidates(const TreeSelectParams& p) {

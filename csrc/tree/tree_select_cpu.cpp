@@ -1,5 +1,5 @@
-// A tree is a task: keys in one pass (parents come first), the least kept key bit by bit, then one pass that numbers
-// the kept candidates.
+// A tree is a task: keys in one pass (parents come first), the least kept key bit by bit, then one pass that
+// numbers the kept candidates.
 #include "core/isa.h"
 #include "core/ordered.h"
 #include "core/parallel.h"
@@ -70,7 +70,8 @@ void one_tree(const TreeSelectParams& p, int64_t b) {
     index[i] = -1;
   }
   p.n_nodes[b] = count;
-  write_ancestors(parent, count, p.nodes, p.words, p.ancestors + b * p.nodes * p.words, p.depth + b * p.nodes);
+  write_ancestors(parent, count, p.nodes, p.words, p.ancestors + b * p.nodes * p.words,
+                  p.depth + b * p.nodes);
 }
 
 }  // namespace

@@ -30,6 +30,8 @@ TRANCHE_HD SlotPlace place_of(const CacheSlots& slots, int64_t sequence, int32_t
   return {page, slot % slots.page_size};
 }
 
-TRANCHE_HD int32_t clamped(int32_t x, int32_t low, int32_t high) { return x < low ? low : (x > high ? high : x); }
+TRANCHE_HD int32_t clamped(int32_t x, int32_t low, int32_t high) {
+  return x < low ? low : (x > high ? high : x);
+}
 
 }  // namespace tranche

@@ -42,12 +42,15 @@ void check_caches(const TensorChecks& check, const WriteArguments& a) {
   for (int i = 0; i < 4; ++i) {
     check.equal(v_sizes[i], a.v_cache.size(i), k_sizes[i], a.k_cache.size(i), "Both caches have one shape.");
   }
-  check.equal("k_cache.size(2)", a.k_cache.size(2), "k.size(2)", a.k.size(2), "A cache holds every key/value head.");
+  check.equal("k_cache.size(2)", a.k_cache.size(2), "k.size(2)", a.k.size(2),
+              "A cache holds every key/value head.");
   check.equal("k_cache.size(3)", a.k_cache.size(3), "k.size(3)", a.k.size(3), "A cache holds whole heads.");
   const bool fp8 = a.k_cache.scalar_type() == ScalarType::Float8_e4m3fn;
-  check.that(!fp8 || a.k.scalar_type() != ScalarType::Double, "k of dtype Float, Half or BFloat16 for float8 caches",
-             "Double", "Convert k and v with .float().");
-  const std::pair<const char*, const std::optional<Tensor>&> scales[] = {{"k_scale", a.k_scale}, {"v_scale", a.v_scale}};
+  check.that(!fp8 || a.k.scalar_type() != ScalarType::Double,
+             "k of dtype Float, Half or BFloat16 for float8 caches", "Double",
+             "Convert k and v with .float().");
+  const std::pair<const char*, const std::optional<Tensor>&> scales[] = {{"k_scale", a.k_scale},
+                                                                         {"v_scale", a.v_scale}};
   for (const auto& [name, scale] : scales) {
     if (!scale) continue;
     check.that(fp8, concat("no ", name, " for caches of dtype ", dtype_text(a.k_cache.scalar_type())), "one",
@@ -57,18 +60,21 @@ void check_caches(const TensorChecks& check, const WriteArguments& a) {
 }
 
 void check_rope(const TensorChecks& check, const WriteArguments& a) {
-  check.that(a.cos.has_value() == a.sin.has_value(), "cos and sin, or neither", "one of them", "Pass rope=(cos, sin).");
+  check.that(a.cos.has_value() == a.sin.has_value(), "cos and sin, or neither", "one of them",
+             "Pass rope=(cos, sin).");
   if (!a.cos) return;
   const int64_t size = a.k.size(3);
-  check.that(size % 2 == 0, "an even k.size(3) for rope", concat(size), "Rotation pairs the halves of a head.");
+  check.that(size % 2 == 0, "an even k.size(3) for rope", concat(size),
+             "Rotation pairs the halves of a head.");
   check.dim("cos", *a.cos, 2, "[positions, D] or [positions, D/2]");
   const int64_t rows = a.cos->size(0), width = a.cos->size(1);
-  check.that(width == size || 2 * width == size, concat("cos.size(1) in {", size, ", ", size / 2, "}"), concat(width),
-             "A table has an angle per element, or per pair of elements e and e + D/2.");
-  check.that(rows > 0 && rows <= INT32_MAX, "cos.size(0) in [1, 2^31)", concat(rows), "Give the tables positions.");
+  check.that(width == size || 2 * width == size, concat("cos.size(1) in {", size, ", ", size / 2, "}"),
+             concat(width), "A table has an angle per element, or per pair of elements e and e + D/2.");
+  check.that(rows > 0 && rows <= INT32_MAX, "cos.size(0) in [1, 2^31)", concat(rows),
+             "Give the tables positions.");
   const bool wide = a.cos->scalar_type() == ScalarType::Float;
-  check.exactly("cos", *a.cos, wide ? ScalarType::Float : a.k.scalar_type(), {rows, width}, "[positions, D or D/2]",
-                "k", a.k);
+  check.exactly("cos", *a.cos, wide ? ScalarType::Float : a.k.scalar_type(), {rows, width},
+                "[positions, D or D/2]", "k", a.k);
   check.exactly("sin", *a.sin, a.cos->scalar_type(), {rows, width}, "[positions, D or D/2]", "cos", *a.cos);
 }
 
@@ -81,8 +87,8 @@ void check_slots(const TensorChecks& check, const WriteArguments& a, const TreeW
     for (int64_t i = 0; a.cos && i < counts[b]; ++i) {
       const int64_t position = values.length(b) + depths[b * p.nodes + i];
       check.index(position >= 0 && position < p.positions,
-                  concat("cache_seqlens[", b, "] + depth[", b, ", ", i, "] in [0, ", p.positions, ")"), concat(position),
-                  "Give rope tables as many rows as positions.");
+                  concat("cache_seqlens[", b, "] + depth[", b, ", ", i, "] in [0, ", p.positions, ")"),
+                  concat(position), "Give rope tables as many rows as positions.");
     }
   }
 }
@@ -97,7 +103,8 @@ void tree_write_cache_(const Tensor& k, const Tensor& v, const Tensor& k_cache, 
                        const std::optional<Tensor>& sin, const std::optional<Tensor>& k_scale,
                        const std::optional<Tensor>& v_scale) {
   const TensorChecks check("tree_write_cache_");
-  const WriteArguments a{k, v, k_cache, v_cache, cache_seqlens, depth, n_nodes, block_table, cos, sin, k_scale, v_scale};
+  const WriteArguments a{k,       v,           k_cache, v_cache, cache_seqlens, depth,
+                         n_nodes, block_table, cos,     sin,     k_scale,       v_scale};
   check_states(check, a);
   check_caches(check, a);
   const int64_t batch = k.size(0), nodes = k.size(1);
@@ -134,14 +141,15 @@ void tree_write_cache_(const Tensor& k, const Tensor& v, const Tensor& k_cache, 
   p.cache_type = dtype_of_tensor(k_cache);
   p.rope_type = cos ? dtype_of_tensor(*cos) : p.type;
   if (checks_values()) check_slots(check, a, p);
-  RUN_KERNEL(tree_write_cache_, p, k, v, k_cache, v_cache, cache_seqlens, depth, n_nodes, block_table, cos, sin, k_scale,
-             v_scale);
+  RUN_KERNEL(tree_write_cache_, p, k, v, k_cache, v_cache, cache_seqlens, depth, n_nodes, block_table, cos,
+             sin, k_scale, v_scale);
 }
 
-REGISTER_OP(tree_write_cache_,
-            "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor depth, "
-            "Tensor n_nodes, Tensor? block_table=None, Tensor? cos=None, Tensor? sin=None, Tensor? k_scale=None, "
-            "Tensor? v_scale=None) -> ()")
+REGISTER_OP(
+    tree_write_cache_,
+    "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor depth, "
+    "Tensor n_nodes, Tensor? block_table=None, Tensor? cos=None, Tensor? sin=None, Tensor? k_scale=None, "
+    "Tensor? v_scale=None) -> ()")
 
 }  // namespace
 }  // namespace tranche

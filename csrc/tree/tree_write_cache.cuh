@@ -54,14 +54,18 @@ __device__ __forceinline__ void move_pack(const Pack<T, W>& pack, Cache* to, con
 
 __device__ __forceinline__ float angle(const TreeWriteCacheParams& p, const void* table, int64_t at) {
   switch (p.rope_type) {
-    case DType::bf16: return to_float(static_cast<const bf16*>(table)[at]);
-    case DType::f16: return to_float(static_cast<const half*>(table)[at]);
-    default: return static_cast<const float*>(table)[at];
+    case DType::bf16:
+      return to_float(static_cast<const bf16*>(table)[at]);
+    case DType::f16:
+      return to_float(static_cast<const half*>(table)[at]);
+    default:
+      return static_cast<const float*>(table)[at];
   }
 }
 
 template <int W>
-__device__ __forceinline__ void rotate(const TreeWriteCacheParams& p, int64_t at, float (&low)[W], float (&high)[W]) {
+__device__ __forceinline__ void rotate(const TreeWriteCacheParams& p, int64_t at, float (&low)[W],
+                                       float (&high)[W]) {
   const int64_t upper = at + (p.rope_width == p.head_dim ? p.head_dim / 2 : 0);
 #pragma unroll
   for (int i = 0; i < W; ++i) {
@@ -71,8 +75,8 @@ __device__ __forceinline__ void rotate(const TreeWriteCacheParams& p, int64_t at
   }
 }
 
-// T: of k and v. Cache: T or e4m3. The halves of an odd head differ by one element: W is 1 and the last pair has no
-// second element.
+// T: of k and v. Cache: T or e4m3. The halves of an odd head differ by one element: W is 1 and the last pair
+// has no second element.
 template <class T, class Cache, int W>
 __global__ void __launch_bounds__(kWriteCacheThreads, kWriteCacheBlocksPerSm)
     tree_write_cache_kernel(TreeWriteCacheParams p) {

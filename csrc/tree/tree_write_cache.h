@@ -11,9 +11,10 @@ namespace tranche {
 // Node i < n_nodes[b] goes to slot cache_seqlens[b] + i. With tables, keys are first rotated at position
 // cache_seqlens[b] + depth[b, i], pairing element e with e + D/2:
 //   k'[e]       = k[e] cos[e] - k[e + D/2] sin[e]
-//   k'[e + D/2] = k[e + D/2] cos[e + D/2] + k[e] sin[e + D/2]      (entry e - D/2 of tables that are D/2 wide)
-// Products and sums are rounded to float one by one (double for f64), and to the cache's type at the end. A cache of
-// type e4m3 stores value / scale.
+//   k'[e + D/2] = k[e + D/2] cos[e + D/2] + k[e] sin[e + D/2]      (entry e - D/2 of tables that are D/2
+//   wide)
+// Products and sums are rounded to float one by one (double for f64), and to the cache's type at the end. A
+// cache of type e4m3 stores value / scale.
 //
 // What the cpu backend refuses: n_nodes is clamped to [0, min(N, capacity)], cache_seqlens to [0, capacity -
 // n_nodes], a position to the table's last row.
@@ -31,16 +32,16 @@ struct TreeWriteCacheParams {
   const float* v_scale;          // [Hkv], or null for 1
 
   CacheSlots slots;
-  int64_t k_stride[3];           // in elements, of B, N, Hkv
+  int64_t k_stride[3];  // in elements, of B, N, Hkv
   int64_t v_stride[3];
-  int64_t k_cache_stride[3];     // of B or page, slot, Hkv
+  int64_t k_cache_stride[3];  // of B or page, slot, Hkv
   int64_t v_cache_stride[3];
   int32_t batch, nodes, heads, head_dim;
-  int32_t positions;             // rows of the tables, at least 1
-  int32_t rope_width;            // D, or D/2 when both halves share their angles
-  DType type;                    // of k and v
-  DType cache_type;              // the same, or e4m3
-  DType rope_type;               // f32, or the same as type
+  int32_t positions;   // rows of the tables, at least 1
+  int32_t rope_width;  // D, or D/2 when both halves share their angles
+  DType type;          // of k and v
+  DType cache_type;    // the same, or e4m3
+  DType rope_type;     // f32, or the same as type
 };
 
 // Where sequence b's nodes go: slots [first, first + count).

@@ -1,4 +1,5 @@
-// A node is a task. Rows that need no arithmetic are copied; the others pass through a row of floats (doubles).
+// A node is a task. Rows that need no arithmetic are copied; the others pass through a row of floats
+// (doubles).
 #include <cstring>
 
 #include "core/isa.h"
@@ -19,7 +20,9 @@ TRANCHE_INLINE void widen(const T* from, float* to, int n) {
 TRANCHE_INLINE void widen(const float* from, double* to, int n) {
   for (int i = 0; i < n; ++i) to[i] = from[i];
 }
-TRANCHE_INLINE void widen(const double* from, double* to, int n) { memcpy(to, from, size_t(n) * sizeof(double)); }
+TRANCHE_INLINE void widen(const double* from, double* to, int n) {
+  memcpy(to, from, size_t(n) * sizeof(double));
+}
 
 template <class Cache, class Compute>
 TRANCHE_INLINE void narrow(const Compute* from, Cache* to, int n, float scale) {
@@ -31,7 +34,8 @@ TRANCHE_INLINE void narrow(const Compute* from, Cache* to, int n, float scale) {
 }
 
 template <class Compute>
-TRANCHE_INLINE void load_angles(const TreeWriteCacheParams& p, const void* table, int64_t at, Compute* to, int n) {
+TRANCHE_INLINE void load_angles(const TreeWriteCacheParams& p, const void* table, int64_t at, Compute* to,
+                                int n) {
   if (p.rope_type == DType::f32) return widen(static_cast<const float*>(table) + at, to, n);
   if constexpr (sizeof(Compute) == 8) {
     widen(static_cast<const double*>(table) + at, to, n);
@@ -123,11 +127,16 @@ void any_cache(const TreeWriteCacheParams& p) {
 
 void tree_write_cache_(const TreeWriteCacheParams& p) {
   switch (p.type) {
-    case DType::f64: return all_nodes<double, double, double>(p);
-    case DType::f32: return any_cache<float>(p);
-    case DType::f16: return any_cache<half>(p);
-    case DType::bf16: return any_cache<bf16>(p);
-    case DType::e4m3: return;  // the op admits it for caches only
+    case DType::f64:
+      return all_nodes<double, double, double>(p);
+    case DType::f32:
+      return any_cache<float>(p);
+    case DType::f16:
+      return any_cache<half>(p);
+    case DType::bf16:
+      return any_cache<bf16>(p);
+    case DType::e4m3:
+      return;  // the op admits it for caches only
   }
 }
 

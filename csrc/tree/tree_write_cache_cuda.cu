@@ -14,7 +14,8 @@ void launch_kernel(const TreeWriteCacheParams& p, void* stream) {
   const int packs = (p.head_dim - p.head_dim / 2 + W - 1) / W;
   const int64_t threads = int64_t(p.nodes) * p.heads * packs;
   const dim3 grid{unsigned((threads + kWriteCacheThreads - 1) / kWriteCacheThreads), unsigned(p.batch)};
-  launch("tree_write_cache_", tree_write_cache_kernel<T, Cache, W>, {grid, dim3(kWriteCacheThreads)}, stream, p);
+  launch("tree_write_cache_", tree_write_cache_kernel<T, Cache, W>, {grid, dim3(kWriteCacheThreads)}, stream,
+         p);
 }
 
 template <class T, class Cache>
@@ -39,10 +40,14 @@ void any_cache(const TreeWriteCacheParams& p, void* stream) {
 void tree_write_cache_(const TreeWriteCacheParams& p, void* stream) {
   if (p.batch == 0 || p.nodes == 0 || p.heads == 0 || p.head_dim == 0) return;
   switch (p.type) {
-    case DType::f32: return any_cache<float>(p, stream);
-    case DType::f16: return any_cache<half>(p, stream);
-    case DType::bf16: return any_cache<bf16>(p, stream);
-    default: throw std::runtime_error("tranche: tree_write_cache_: dtype was not checked");
+    case DType::f32:
+      return any_cache<float>(p, stream);
+    case DType::f16:
+      return any_cache<half>(p, stream);
+    case DType::bf16:
+      return any_cache<bf16>(p, stream);
+    default:
+      throw std::runtime_error("tranche: tree_write_cache_: dtype was not checked");
   }
 }
 

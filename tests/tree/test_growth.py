@@ -35,7 +35,7 @@ def draw(batch, beams, vocab, dtype=torch.float32, *, steps=None, seed=0):
     return logprobs.to(dtype), scores
 
 
-# ---- expand_beam -----------------------------------------------------------------------------------------------------
+# ---- expand_beam ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -64,7 +64,9 @@ def test_expand_beam_merges_many_wide_tiles(backend):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("steps", [0, 0.5, 3])
 def test_ties_go_to_the_lower_token_then_the_lower_position(backend, steps, dtype):
-    logprobs, scores = (t.to(backend.device) for t in draw(2, 4, backend.pick(20_000, 9000), dtype, steps=steps))
+    logprobs, scores = (
+        t.to(backend.device) for t in draw(2, 4, backend.pick(20_000, 9000), dtype, steps=steps)
+    )
     got = expand_beam(logprobs, scores, 9)
     assert_same_level(got, reference.expand_beam(logprobs, scores, 9))
     if steps == 0:
@@ -86,10 +88,17 @@ def test_nan_is_ranked_last(backend):
     scores = torch.zeros(1, 4, device=backend.device)
     level = expand_beam(logprobs, scores, 5)
     assert_same_level(level, reference.expand_beam(logprobs, scores, 5))
-    assert level.candidates.tokens[0].tolist() == [[4, 1, 0, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 2, 1, 3, 4]]
+    assert level.candidates.tokens[0].tolist() == [
+        [4, 1, 0, 2, 3],
+        [0, 1, 2, 3, 4],
+        [0, 1, 2, 3, 4],
+        [0, 2, 1, 3, 4],
+    ]
     assert level.tokens[0].tolist() == [0, 2, 4, 1, 0]
     # a beam without a score offers nothing real
-    level = expand_beam(torch.zeros(1, 2, 5, device=backend.device), torch.tensor([[nan, -9.0]], device=backend.device), 5)
+    level = expand_beam(
+        torch.zeros(1, 2, 5, device=backend.device), torch.tensor([[nan, -9.0]], device=backend.device), 5
+    )
     assert level.parent_beam.tolist() == [[1] * 5]
 
 
@@ -149,7 +158,13 @@ def test_expand_beam_empty(backend, batch, k):
     assert level.candidates.tokens.shape == (batch, 2, k)
 
 
-@given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 300), st.integers(1, 12), st.sampled_from([0, 0.4, 2, None]))
+@given(
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.integers(1, 300),
+    st.integers(1, 12),
+    st.sampled_from([0, 0.4, 2, None]),
+)
 def test_expand_beam_property(batch, beams, vocab, k, steps):
     logprobs, scores = draw(batch, beams, vocab, steps=steps, seed=vocab)
     k = min(k, vocab)
@@ -173,7 +188,7 @@ def test_expand_beam_bad_input_by_name(backend):
             expand_beam(*arguments)
 
 
-# ---- select_tree -----------------------------------------------------------------------------------------------------
+# ---- select_tree ------------------------------------------------------------------
 
 
 def random_pool(batch, candidates, *, monotone=True, steps=None, nan=0.0, seed=0):
@@ -228,7 +243,9 @@ def test_a_chain_of_candidates(backend):
     candidates = 200
     parents = torch.arange(-1, candidates - 1, dtype=torch.int32).repeat(2, 1)
     scores = torch.stack([-torch.arange(candidates).float(), torch.arange(candidates).float()])
-    pool = on(backend.device, (scores, parents, torch.arange(2 * candidates).view(2, -1), torch.tensor([7, 8])))
+    pool = on(
+        backend.device, (scores, parents, torch.arange(2 * candidates).view(2, -1), torch.tensor([7, 8]))
+    )
     tree, tokens, index = select_tree(*pool, 65)
     assert tree.depth.tolist() == [list(range(65))] * 2
     assert index.tolist() == [list(range(-1, 64))] * 2
@@ -317,7 +334,7 @@ def test_select_tree_of_no_sequences(backend):
     assert tree.ancestors.shape == (0, 4, 1)
 
 
-# ---- both, through the pool --------------------------------------------------------------------------------------------
+# ---- both, through the pool ------------------------------------------------------------------
 
 
 def grow(device, *, batch=2, k=4, depth=3, vocab=50, seed=0):
@@ -338,7 +355,10 @@ def grow(device, *, batch=2, k=4, depth=3, vocab=50, seed=0):
         pool.add(level)
         scores = level.scores
         paths = [
-            [(*paths[b][up], token) for up, token in zip(level.parent_beam[b].tolist(), level.tokens[b].tolist(), strict=True)]
+            [
+                (*paths[b][up], token)
+                for up, token in zip(level.parent_beam[b].tolist(), level.tokens[b].tolist(), strict=True)
+            ]
             for b in range(batch)
         ]
     return pool, table

@@ -110,12 +110,18 @@ def compact_cache_(
         IndexError: a path that does not ascend from the root or leaves the cache, a length past it (CPU, and
             elsewhere under TRANCHE_CHECK=1; otherwise such an entry moves nothing, and lengths are clamped).
     """
-    _library.ops().tree_compact_cache_(list(caches), accepted.path, accepted.length, cache_seqlens, block_table)
+    _library.ops().tree_compact_cache_(
+        list(caches), accepted.path, accepted.length, cache_seqlens, block_table
+    )
 
 
 @_library.register_fake("tree_compact_cache_")
 def _(
-    caches: list[Tensor], path: Tensor, length: Tensor, cache_seqlens: Tensor, block_table: Tensor | None = None
+    caches: list[Tensor],
+    path: Tensor,
+    length: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
 ) -> None:
     return None
 

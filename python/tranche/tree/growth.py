@@ -192,7 +192,9 @@ class CandidatePool:
 
     def _levels(self) -> list[Level]:
         if not self.levels:
-            raise ValueError("tranche.CandidatePool: expected at least one level, got none. Add the root's first.")
+            raise ValueError(
+                "tranche.CandidatePool: expected at least one level, got none. Add the root's first."
+            )
         return self.levels
 
 

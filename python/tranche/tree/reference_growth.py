@@ -42,7 +42,7 @@ def select_tree(
             score, up = float(scores[b, c]), int(parents[b, c])
             key = score if score == score else -torch.inf
             keys.append(min(key, keys[up]) if up >= 0 else key)
-        chosen = sorted(sorted(range(candidates), key=lambda c: (-keys[c], c))[:kept])  # noqa: B023
+        chosen = sorted(sorted(range(candidates), key=lambda c: (-keys[c], c))[:kept])
         node_of = {c: node for node, c in enumerate(chosen, start=1)} | {-1: 0}
         for c in chosen:
             node = node_of[c]

@@ -51,7 +51,8 @@ class TreeCache(Cache):
 
         def slots() -> list[Tensor]:
             return [
-                torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(config.num_hidden_layers)
+                torch.zeros(shape, dtype=model.dtype, device=model.device)
+                for _ in range(config.num_hidden_layers)
             ]
 
         self.keys = slots()
