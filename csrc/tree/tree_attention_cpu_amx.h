@@ -23,6 +23,7 @@ namespace tranche::cpu::TRANCHE_ISA {
 
 constexpr int kGroup = 32;  // keys in a tile product
 constexpr int kChunkGroups = kChunk / kGroup;
+constexpr bool kPrefetchTiles = true;
 constexpr int kStrip = 2;  // row tiles worked on at a time
 
 // Rough cycles of the steps during which the next chunk is fetched; the tile products are not among them, as they
@@ -89,16 +90,13 @@ class AmxKernel {
         keys_(int(round_up(kChunk + p.nodes, kGroup) + kGroup)) {}
 
   void take(Arena& arena) {
-    q_part_ = int64_t(g_.block_tiles) * dim_blocks_ * kTileBytes;
-    k_part_ = int64_t(keys_ / 16) * dim_blocks_ * kTileBytes;
-    v_part_ = int64_t(kChunkGroups) * dim_tiles_ * kTileBytes;
-    p_part_ = kStrip * kChunkGroups * kTileBytes;
-    q_ = arena.take<char>(kQ * q_part_);
-    k_ = arena.take<char>(kK * k_part_);
-    v_ = arena.take<char>(kK * v_part_);
-    weights_ = arena.take<char>(kQ * p_part_);
+    const int64_t dim_pairs = (dim_tiles_ + 1) / 2;
+    q_ = arena.take<char>((g_.block_tiles + 1) / 2 * dim_blocks_ * kQBytes);
+    k_ = arena.take<char>(keys_ / kGroup * dim_blocks_ * kKBytes);
+    v_ = arena.take<char>(dim_pairs * kChunkGroups * kKBytes);
+    weights_ = arena.take<char>(kChunkGroups * kQBytes);
     scores_ = arena.take<float>(kStrip * int64_t(keys_) * kLanes);
-    v_path_ = arena.take<char>(kK * dim_tiles_ * kTileBytes);
+    v_path_ = arena.take<char>(dim_pairs * kKBytes);
     weights_path_ = arena.take<char>(kQ * kTileBytes);
     path_ = arena.take<int32_t>(p_.nodes);
     nonfinite_ = arena.take<bool>(keys_);
@@ -122,14 +120,14 @@ class AmxKernel {
         __m512i x[2][16];
         load_transposed(row, db * 32, x[0], sign);
         load_transposed(row, db * 32 + 16, x[1], sign);
-        char* to = q_ + (int64_t(tile) * dim_blocks_ + db) * kTileBytes;
+        char* to = q_ + (int64_t(tile / 2) * dim_blocks_ + db) * kQBytes + tile % 2 * kTileBytes;
         for (int t = 0; t < 16; ++t) {
           // The elements of a pair are neighbours where keys are copied, 16 apart where they are converted.
           const __m512i low = kCopied ? x[t / 8][t % 8 * 2] : x[0][t];
           const __m512i high = kCopied ? x[t / 8][t % 8 * 2 + 1] : x[1][t];
           __m512i part[kQ];
           split_pair<kQ, true>(_mm512_castsi512_ps(low), _mm512_castsi512_ps(high), part);
-          for (int i = 0; i < kQ; ++i) _mm512_store_si512(to + i * q_part_ + t * 64, part[i]);
+          for (int i = 0; i < kQ; ++i) _mm512_store_si512(to + i * 2 * kTileBytes + t * 64, part[i]);
         }
       }
     }
@@ -154,7 +152,7 @@ class AmxKernel {
     }
     if (!chunk.uniform && hidden_nonfinite) groups = 0;
     for (int i = 0; i < groups; ++i) {
-      pack_values(chunk.v_row + i * kGroup, v_ + int64_t(i) * dim_tiles_ * kTileBytes, v_part_);
+      pack_values(chunk.v_row + i * kGroup, v_ + i * kKBytes, kChunkGroups * kKBytes);
       prefetch.work(kPackValues * per_part);
     }
     for (int tile = 0; tile < block.tiles; tile += kStrip) {
@@ -167,6 +165,8 @@ class AmxKernel {
   static constexpr int kQ = kParts<Q>, kK = kParts<KV>;  // parts of queries and weights; of keys and values
   static constexpr bool kCopied = __is_same(KV, bf16);   // keys need no conversion
   static_assert(kQ >= kK);
+  // Packed operands are in the order in which they are used: pairs of tiles, with the parts of a pair together.
+  static constexpr int64_t kQBytes = 2 * kQ * kTileBytes, kKBytes = 2 * kK * kTileBytes;
 
   // Elements d .. d + 15 of 16 rows as x[element][row]; a null row is zeros.
   template <class T>
@@ -182,8 +182,8 @@ class AmxKernel {
   // 16 keys to rows of tiles. All loads come before all stores: loads that follow stores to the same offset in
   // another page wait for them.
   void pack_keys(const char* const* row, int tile) const {
-    char* to = k_ + int64_t(tile) * dim_blocks_ * kTileBytes;
-    for (int db = 0; db < dim_blocks_; ++db, to += kTileBytes) {
+    char* to = k_ + int64_t(tile / 2) * dim_blocks_ * kKBytes + tile % 2 * kTileBytes;
+    for (int db = 0; db < dim_blocks_; ++db, to += kKBytes) {
       const int left = p_.head_dim - db * 32;
       if constexpr (kCopied) {
         const __mmask32 mask = left >= 32 ? ~0u : (1u << left) - 1u;
@@ -201,19 +201,19 @@ class AmxKernel {
           for (int j = 0; j < kK; ++j) part[j] = _mm512_setzero_si512();
           const KV* from = reinterpret_cast<const KV*>(row[i]) + db * 32;
           if (row[i]) split_pair<kK, true>(load16(from, low), load16(from + 16, high), part);
-          for (int j = 0; j < kK; ++j) _mm512_store_si512(to + j * k_part_ + i * 64, part[j]);
+          for (int j = 0; j < kK; ++j) _mm512_store_si512(to + j * 2 * kTileBytes + i * 64, part[j]);
         }
       }
     }
   }
 
-  // 32 values to tiles [16 columns d][keys (t, t + 16) for t < 16].
-  void pack_values(const char* const* row, char* to, int64_t part_stride) const {
+  // 32 values to tiles [16 columns d][keys (t, t + 16) for t < 16]; `stride` leads from a pair of tiles to the next.
+  void pack_values(const char* const* row, char* to, int64_t stride) const {
     bool empty[2] = {true, true};
     for (int i = 0; i < kGroup; ++i) empty[i / 16] &= row[i] == nullptr;
     if constexpr (kCopied) {
       const __m512i high = _mm512_set1_epi32(int(0xffff0000u));
-      for (int d = 0; d < dim_; d += 32, to += 2 * kTileBytes) {
+      for (int d = 0; d < dim_; d += 32, to += stride) {
         const int left = p_.head_dim - d;
         const __mmask32 mask = left >= 32 ? ~0u : (1u << left) - 1u;
         __m512i x[2][16];
@@ -240,7 +240,8 @@ class AmxKernel {
       }
     } else {
       const KV* const* values = reinterpret_cast<const KV* const*>(row);
-      for (int d = 0; d < dim_; d += 16, to += kTileBytes) {
+      for (int d = 0; d < dim_; d += 16) {
+        char* tile = to + d / 32 * stride + d / 16 % 2 * kTileBytes;
         __m512i x[2][16];
         for (int half = 0; half < 2; ++half) {
           for (int i = 0; i < 16; ++i) x[half][i] = _mm512_setzero_si512();
@@ -249,7 +250,7 @@ class AmxKernel {
         for (int i = 0; i < 16; ++i) {
           __m512i part[kK];
           split_pair<kK, true>(_mm512_castsi512_ps(x[0][i]), _mm512_castsi512_ps(x[1][i]), part);
-          for (int j = 0; j < kK; ++j) _mm512_store_si512(to + j * part_stride + i * 64, part[j]);
+          for (int j = 0; j < kK; ++j) _mm512_store_si512(tile + j * 2 * kTileBytes + i * 64, part[j]);
         }
       }
     }
@@ -267,17 +268,9 @@ class AmxKernel {
       TRANCHE_TILE_ZERO(1);
       TRANCHE_TILE_ZERO(3);
     }
-    const int64_t row = int64_t(dim_blocks_) * kTileBytes;
-    const char *q = q_ + tile * row, *key = k_ + k * row;
-    for (int db = 0; db < dim_blocks_; ++db, q += kTileBytes, key += kTileBytes) {
-#pragma GCC unroll 3
-      for (int j = 0; j < kK; ++j) {
-        TRANCHE_TILE_LOAD(4, key + j * k_part_, 64);
-        TRANCHE_TILE_LOAD(7, key + j * k_part_ + row, 64);
-#pragma GCC unroll 3
-        for (int i = 0; i + j < kQ; ++i) products<kTwo>(q + i * q_part_, row);
-      }
-    }
+    const char* q = q_ + int64_t(tile / 2) * dim_blocks_ * kQBytes;
+    const char* key = k_ + int64_t(k / 2) * dim_blocks_ * kKBytes;
+    for (int db = 0; db < dim_blocks_; ++db, q += kQBytes, key += kKBytes) products<kTwo>(key, q);
     float *to = scores_ + k * 16 * kLanes, *next = to + int64_t(keys_) * kLanes;
     TRANCHE_TILE_STORE(0, to, 64);
     TRANCHE_TILE_STORE(2, to + 16 * kLanes, 64);
@@ -296,32 +289,39 @@ class AmxKernel {
     if (kTwo) TRANCHE_TILE_LOAD(1, out1, 64);
     if (second) TRANCHE_TILE_LOAD(2, out0 + 16 * kLanes, 64);
     if (kTwo && second) TRANCHE_TILE_LOAD(3, out1 + 16 * kLanes, 64);
-    const char *value = v_ + d * kTileBytes, *weight = weights_;
-    for (int g = 0; g < groups; ++g, value += dim_tiles_ * kTileBytes, weight += kTileBytes) {
-#pragma GCC unroll 3
-      for (int j = 0; j < kK; ++j) {
-        TRANCHE_TILE_LOAD(4, value + j * v_part_, 64);
-        TRANCHE_TILE_LOAD(7, value + j * v_part_ + (second ? kTileBytes : 0), 64);
-#pragma GCC unroll 3
-        for (int i = 0; i + j < kQ; ++i) products<kTwo>(weight + i * p_part_, kChunkGroups * kTileBytes);
-      }
-    }
+    const char *value = v_ + d / 2 * kChunkGroups * kKBytes, *weight = weights_;
+    for (int g = 0; g < groups; ++g, value += kKBytes, weight += kQBytes) products<kTwo>(value, weight);
     TRANCHE_TILE_STORE(0, out0, 64);
     if (kTwo) TRANCHE_TILE_STORE(1, out1, 64);
     if (second) TRANCHE_TILE_STORE(2, out0 + 16 * kLanes, 64);
     if (kTwo && second) TRANCHE_TILE_STORE(3, out1 + 16 * kLanes, 64);
   }
 
-  // Results 0 and 2 += tiles 4 and 7 times the row tile at `rows`; 1 and 3 with the next, `stride` bytes on.
+  // Results 0 and 2 += the pair of tiles at `shared` times the first tile at `rows`; 1 and 3 with the second. The
+  // next pair is asked for meanwhile: tile loads do not run far enough ahead to hide the second-level cache.
   template <bool kTwo>
-  TRANCHE_INLINE void products(const char* rows, int64_t stride) {
-    TRANCHE_TILE_LOAD(5, rows, 64);
-    TRANCHE_TILE_DOT_BF16(0, 4, 5);
-    TRANCHE_TILE_DOT_BF16(2, 7, 5);
-    if (kTwo) {
-      TRANCHE_TILE_LOAD(6, rows + stride, 64);
-      TRANCHE_TILE_DOT_BF16(1, 4, 6);
-      TRANCHE_TILE_DOT_BF16(3, 7, 6);
+  TRANCHE_INLINE void products(const char* shared, const char* rows) {
+#pragma GCC unroll 3
+    for (int j = 0; j < kK; ++j) {
+      const char* pair = shared + j * 2 * kTileBytes;
+      TRANCHE_TILE_LOAD(4, pair, 64);
+      TRANCHE_TILE_LOAD(7, pair + kTileBytes, 64);
+      if (kPrefetchTiles) {
+#pragma GCC unroll 32
+        for (int i = 0; i < 32; ++i) __builtin_prefetch(pair + kKBytes + i * 64, 0, 3);
+      }
+#pragma GCC unroll 3
+      for (int i = 0; i + j < kQ; ++i) {
+        const char* row = rows + i * 2 * kTileBytes;
+        TRANCHE_TILE_LOAD(5, row, 64);
+        TRANCHE_TILE_DOT_BF16(0, 4, 5);
+        TRANCHE_TILE_DOT_BF16(2, 7, 5);
+        if (kTwo) {
+          TRANCHE_TILE_LOAD(6, row + kTileBytes, 64);
+          TRANCHE_TILE_DOT_BF16(1, 4, 6);
+          TRANCHE_TILE_DOT_BF16(3, 7, 6);
+        }
+      }
     }
   }
 
@@ -352,7 +352,7 @@ class AmxKernel {
     const int32_t* limit = block.limit + at;
     Vec sum0 = vset(0.0f), sum1 = vset(0.0f);  // by the half of the group
 
-    char* weights = weights_ + which * kChunkGroups * kTileBytes;
+    char* weights = weights_ + which * kTileBytes;
     const auto shared = [&](auto uniform) {
       for (int g = 0; g < groups; ++g) {
         chunk.prefetch->work(kSoftmax);
@@ -372,7 +372,7 @@ class AmxKernel {
           split_pair<kQ, false>(p0, p1, part);
 #pragma GCC unroll 3
           for (int i = 0; i < kQ; ++i) {
-            _mm512_store_si512(weights + i * p_part_ + g * kTileBytes + t * 64, part[i]);
+            _mm512_store_si512(weights + g * kQBytes + i * 2 * kTileBytes + t * 64, part[i]);
           }
         }
       }
@@ -441,8 +441,7 @@ class AmxKernel {
   }
 
   void own_group(const char* const* v_row, const int* weight_row, Mask lanes, const float* weights, float* out) const {
-    const int64_t v_part = int64_t(dim_tiles_) * kTileBytes;
-    pack_values(v_row, v_path_, v_part);
+    pack_values(v_row, v_path_, kKBytes);
     for (int t = 0; t < 16; ++t) {
       const auto weight = [&](int row) {
         return row < 0 ? vset(0.0f) : _mm512_maskz_loadu_ps(lanes, weights + row * kLanes);
@@ -459,7 +458,7 @@ class AmxKernel {
       TRANCHE_TILE_LOAD(0, to, 64);
 #pragma GCC unroll 3
       for (int j = 0; j < kK; ++j) {
-        TRANCHE_TILE_LOAD(4, v_path_ + j * v_part + d * kTileBytes, 64);
+        TRANCHE_TILE_LOAD(4, v_path_ + d / 2 * kKBytes + (j * 2 + d % 2) * kTileBytes, 64);
         TRANCHE_TILE_DOT_BF16(0, 4, 5);
         if (1 + j < kQ) TRANCHE_TILE_DOT_BF16(0, 4, 6);
         if (2 + j < kQ) TRANCHE_TILE_DOT_BF16(0, 4, 7);
@@ -476,7 +475,6 @@ class AmxKernel {
   const TreeAttentionParams& p_;
   const Geometry& g_;
   int dim_, dim_blocks_, dim_tiles_, keys_;
-  int64_t q_part_ = 0, k_part_ = 0, v_part_ = 0, p_part_ = 0;  // bytes from a part to the next
   float factor_ = 0.0f;
   char *q_ = nullptr, *k_ = nullptr, *v_ = nullptr, *weights_ = nullptr;  // packed, by part
   float* scores_ = nullptr;                                             // [2][keys_][16]
