@@ -40,3 +40,5 @@ void tree_ancestors(const TreeAncestorsParams& p) {
 }
 
 }  // namespace tranche::cpu::TRANCHE_ISA
+
+TRANCHE_CPU_ENTRY(void, tree_ancestors, TreeAncestorsParams)

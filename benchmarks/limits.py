@@ -1,0 +1,49 @@
+"""The limits that rows are held against: our own loops, run again beside each row."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from benchmarks.timing import Timer, last_level_cache
+from tranche.limits import MathKind, limit_math, limit_read
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(device: str) -> torch.Tensor:
+    words = min(4 * last_level_cache(device), 4 << 30) // 8
+    return torch.ones(words, dtype=torch.int64, device=device)
+
+
+def read_limit(device: str, size: int, repeats: int = 5) -> float:
+    """Bytes per second at which `size` bytes are read from memory, cold."""
+    pool = _pool(device)
+    words = min(max(size // 8 // 8 * 8, 8), pool.numel())
+    parts = pool.numel() // words
+    timer = Timer(device, parts)
+
+    def call(i: int) -> torch.Tensor:
+        return limit_read(pool[i * words : (i + 1) * words])
+
+    timer.prepare(call)
+    return 8 * words / min(timer.seconds(call) for _ in range(repeats))
+
+
+def math_limit(device: str, kind: MathKind, repeats: int = 3) -> float:
+    """Operations per second of the best multiply-add loop of this kind."""
+    like = torch.empty(0, device=device)
+    timer = Timer(device, 1)
+    iterations = 1024
+    while True:
+
+        def call(_: int, iterations: int = iterations) -> torch.Tensor:
+            return limit_math(like, kind, iterations)
+
+        timer.prepare(call)
+        operations = float(call(0)[:, 0].sum())
+        seconds = min(timer.seconds(call) for _ in range(repeats))
+        if seconds > 2e-2:
+            return operations / seconds
+        iterations *= 2 ** max(1, math.ceil(math.log2(4e-2 / max(seconds, 1e-6))))

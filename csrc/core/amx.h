@@ -1,0 +1,51 @@
+// AMX tiles for CPU kernels: eight registers of 16 rows of 64 bytes. Include from amx translation units only.
+//
+// The compiler's own intrinsics let ordinary stores move across a tile load; these do not. Tile numbers are
+// literals. `stride` is in bytes.
+#pragma once
+
+#include <cstdint>
+
+#ifndef __AMX_BF16__
+#error "amx.h needs -mamx-tile -mamx-bf16"
+#endif
+
+#define TRANCHE_TILE_ZERO(t) asm volatile("tilezero %%tmm" #t ::)
+#define TRANCHE_TILE_LOAD(t, base, stride) \
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(base), "r"(int64_t(stride)) : "memory")
+#define TRANCHE_TILE_STORE(t, base, stride) \
+  asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(base), "r"(int64_t(stride)) : "memory")
+// c[m][n] += sum over the 16 pairs k of a[m][2k] b[k][2n] + a[m][2k+1] b[k][2n+1]. In hardware the even and the
+// odd products are each one sequential chain of FMAs that starts at 0; c gets the sum of the two chains.
+#define TRANCHE_TILE_DOT_BF16(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
+
+namespace tranche::cpu::TRANCHE_ISA {
+
+constexpr int kTileBytes = 1024;
+
+// Gives the calling thread eight full tiles for as long as it lives.
+class Tiles {
+ public:
+  Tiles() {
+    alignas(64) Config config = {};
+    config.palette = 1;
+    for (int t = 0; t < 8; ++t) {
+      config.row_bytes[t] = 64;
+      config.rows[t] = 16;
+    }
+    asm volatile("ldtilecfg %0" ::"m"(config));
+  }
+  ~Tiles() { asm volatile("tilerelease" ::); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+ private:
+  struct Config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  };
+  static_assert(sizeof(Config) == 64);
+};
+
+}  // namespace tranche::cpu::TRANCHE_ISA

@@ -1,0 +1,54 @@
+// tree_attention on the CPU, compiled once per instruction set: chooses the kernel for the types at hand.
+#include "core/isa.h"
+#include "tree/tree_attention_cpu.h"
+#include "tree/tree_attention_cpu_f64.h"
+#include "tree/tree_attention_cpu_fma.h"
+#if defined(__AMX_BF16__)
+#include "tree/tree_attention_cpu_amx.h"
+#endif
+
+namespace tranche::cpu::TRANCHE_ISA {
+namespace {
+
+#if defined(__AMX_BF16__)
+template <class Q, class KV>
+using Kernel = AmxKernel<Q, KV>;
+#else
+template <class Q, class KV>
+using Kernel = FmaKernel<Q, KV>;
+#endif
+
+// f(kernel tag) for the types in use; the op has refused all others.
+template <class K>
+struct Tag {
+  using type = K;
+};
+template <class F>
+TRANCHE_INLINE void with_kernel(const TreeAttentionParams& p, const F& f) {
+  const bool fp8 = p.kv_type == DType::e4m3;
+  switch (p.q_type) {
+    case DType::f32: return fp8 ? f(Tag<Kernel<float, e4m3>>()) : f(Tag<Kernel<float, float>>());
+    case DType::f16: return fp8 ? f(Tag<Kernel<half, e4m3>>()) : f(Tag<Kernel<half, half>>());
+    case DType::bf16: return fp8 ? f(Tag<Kernel<bf16, e4m3>>()) : f(Tag<Kernel<bf16, bf16>>());
+    default: return;
+  }
+}
+
+}  // namespace
+
+size_t tree_attention_workspace(const TreeAttentionParams& p) {
+  if (p.q_type == DType::f64) return workspace_bytes_f64(p);
+  size_t bytes = 0;
+  with_kernel(p, [&](auto tag) { bytes = workspace_bytes<typename decltype(tag)::type>(p); });
+  return bytes;
+}
+
+void tree_attention(const TreeAttentionParams& p) {
+  if (p.q_type == DType::f64) return run_f64(p);
+  with_kernel(p, [&](auto tag) { run<typename decltype(tag)::type>(p); });
+}
+
+}  // namespace tranche::cpu::TRANCHE_ISA
+
+TRANCHE_CPU_ENTRY(size_t, tree_attention_workspace, TreeAttentionParams)
+TRANCHE_CPU_ENTRY(void, tree_attention, TreeAttentionParams)
