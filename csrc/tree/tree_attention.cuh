@@ -34,7 +34,7 @@ struct TreeAttentionLaunch {
   TreeAttentionParams p;
   float* partial_out;      // [B, Hkv, all_slots, R, D] not yet divided by the sum
   float* partial_stats;    // [B, Hkv, all_slots, R, 2] maximum (base 2, scaled) and sum
-  float* running;          // running states of blocks that own sequences; thread-private
+  float* running;          // [blocks, 2] stored states of blocks that own sequences or segments; thread-private
   int32_t group, rows;     // Hq / Hkv, N * group
   int32_t row_blocks;      // blocks over the packed rows
   int32_t splits;          // blocks over the chunks of a sequence
@@ -285,6 +285,13 @@ __device__ __forceinline__ float finish_row(const TreeAttentionLaunch& plan, int
   float total = l;
   if (p.sinks != nullptr) total += ptx::exp2_approx(ptx::mul(p.sinks[head], kLog2e) - m);
   return (p.v_scale != nullptr ? p.v_scale[h] : 1.0f) / total;
+}
+
+// tanh bounds a score before the mask; in base 2 and scaled, as scores are from here on. e^2y = 2^(2y log2 e).
+__device__ __forceinline__ float cap(float score, float softcap) {
+  const float power = ptx::exp2_approx(ptx::mul(score / softcap, 2.0f * kLog2e));
+  const float tanh = 1.0f - 2.0f / (power + 1.0f);
+  return ptx::mul(tanh, ptx::mul(softcap, kLog2e));
 }
 
 template <class T>
