@@ -40,7 +40,8 @@ class Checks {
     }
   }
 
-  // What the host read from a tensor: as `that`, and an IndexError.
+  // What the host read from a tensor: as `that`, and an IndexError. In a loop over values call it for bad
+  // ones only: making the message takes longer than many a kernel.
   void index(bool holds, const std::string& expected, const std::string& got,
              const std::string& remedy) const {
     if (!holds) throw std::out_of_range(message(expected, got, remedy));

@@ -14,7 +14,8 @@ void check_parents(const TensorChecks& check, const Tensor& parent, const Tensor
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t i = 0; i < counts[b]; ++i) {
       const int64_t got = parents[b * nodes + i];
-      check.index(i == 0 ? got == -1 : got >= 0 && got < i,
+      if (i == 0 ? got == -1 : got >= 0 && got < i) continue;
+      check.index(false,
                   concat("parent[", b, ", ", i, "] ",
                          i == 0 ? std::string("== -1 (the root)") : concat("in [0, ", i, ")")),
                   concat(got), "Number the nodes so that every parent comes before its children.");

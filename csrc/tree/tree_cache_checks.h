@@ -59,15 +59,16 @@ class SlotValues {
     const int64_t length = lengths_[b];
     check_.in_range("cache_seqlens", b, length, 0, slots_.capacity,
                     "It counts the committed tokens in the cache.");
-    check_.index(length + more <= slots_.capacity,
-                 concat("cache_seqlens[", b, "] + ", what, " <= ", slots_.capacity), concat(length + more),
-                 pages_ ? "Give block_table more pages." : "Allocate a longer cache.");
+    if (length + more > slots_.capacity)
+      check_.index(false, concat("cache_seqlens[", b, "] + ", what, " <= ", slots_.capacity),
+                   concat(length + more),
+                   pages_ ? "Give block_table more pages." : "Allocate a longer cache.");
     if (!pages_) return;
     for (int64_t i = length / slots_.page_size; i * slots_.page_size < length + more; ++i) {
       const int64_t page = (*pages_)[b * columns_ + i];
-      check_.index(page >= 0 && page < slots_.num_pages,
-                   concat("block_table[", b, ", ", i, "] in [0, ", slots_.num_pages, ")"), concat(page),
-                   "Every page that holds a used slot must exist in the cache.");
+      if (page >= 0 && page < slots_.num_pages) continue;
+      check_.index(false, concat("block_table[", b, ", ", i, "] in [0, ", slots_.num_pages, ")"),
+                   concat(page), "Every page that holds a used slot must exist in the cache.");
     }
   }
 

@@ -57,13 +57,13 @@ void check_paths(const TensorChecks& check, const Tensor& path, const Tensor& le
     check.in_range("length", b, lengths[b], -1, nodes - 1, "It counts the accepted nodes after the root.");
     int64_t last = -1;
     for (int64_t j = 0; j <= lengths[b]; ++j) {
-      const int64_t node = paths[b * nodes + j];
-      const bool ascends = j == 0 ? node == 0 : node > last && node < nodes;
-      check.index(ascends,
-                  concat("path[", b, ", ", j, "] ",
-                         j == 0 ? "== 0 (the root)" : concat("in (", last, ", ", nodes, ")")),
-                  concat(node), "An accepted path goes from the root to ever larger nodes.");
-      last = node;
+      const int64_t before = last;
+      last = paths[b * nodes + j];
+      const bool ascends = j == 0 ? last == 0 : last > before && last < nodes;
+      if (ascends) continue;
+      const std::string range = j == 0 ? "== 0 (the root)" : concat("in (", before, ", ", nodes, ")");
+      check.index(false, concat("path[", b, ", ", j, "] ", range), concat(last),
+                  "An accepted path goes from the root to ever larger nodes.");
     }
     values.check(b, last + 1, "the accepted nodes");
   }

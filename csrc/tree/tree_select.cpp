@@ -13,7 +13,8 @@ void check_candidate_parents(const TensorChecks& check, const Tensor& parents) {
   for (int64_t b = 0; b < parents.size(0); ++b) {
     for (int64_t c = 0; c < candidates; ++c) {
       const int64_t got = values[b * candidates + c];
-      check.index(got >= -1 && got < c, concat("parents[", b, ", ", c, "] in [-1, ", c, ")"), concat(got),
+      if (got >= -1 && got < c) continue;
+      check.index(false, concat("parents[", b, ", ", c, "] in [-1, ", c, ")"), concat(got),
                   "A candidate's parent is an earlier candidate, or -1 for the root.");
     }
   }

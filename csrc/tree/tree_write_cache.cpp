@@ -86,8 +86,8 @@ void check_slots(const TensorChecks& check, const WriteArguments& a, const TreeW
     values.check(b, counts[b], concat("n_nodes[", b, "]").c_str());
     for (int64_t i = 0; a.cos && i < counts[b]; ++i) {
       const int64_t position = values.length(b) + depths[b * p.nodes + i];
-      check.index(position >= 0 && position < p.positions,
-                  concat("cache_seqlens[", b, "] + depth[", b, ", ", i, "] in [0, ", p.positions, ")"),
+      if (position >= 0 && position < p.positions) continue;
+      check.index(false, concat("cache_seqlens[", b, "] + depth[", b, ", ", i, "] in [0, ", p.positions, ")"),
                   concat(position), "Give rope tables as many rows as positions.");
     }
   }
