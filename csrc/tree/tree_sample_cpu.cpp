@@ -34,6 +34,8 @@ struct Scratch {
   }
 };
 
+constexpr float kDead = -200.0f;  // y of tokens without weight
+
 // y, and the weight, of the tokens of one block; past the row's end y is dead.
 struct Block {
   alignas(64) float x[kRowBlock];
@@ -52,7 +54,7 @@ TRANCHE_INLINE void load_block(Block& block, const T* row, int64_t first, int64_
 
 TRANCHE_INLINE void weigh_block(Block& block, RowScale scale) {
   const Vec max = vset(scale.max), factor = vset(scale.factor), least = vset(kLeastExponent);
-  const Vec dead = vset(-200.0f), zero = vset(0.0f);
+  const Vec dead = vset(kDead), zero = vset(0.0f);
   const int padded = (block.count + kWidth - 1) / kWidth * kWidth;
   for (int i = 0; i < padded; i += kWidth) {
     const Vec x = vload(block.x + i);
@@ -119,8 +121,9 @@ uint64_t rank_at(Candidate* candidates, int64_t count, uint64_t limit, const Mea
 uint64_t one(const Candidate&) { return 1; }
 uint64_t its_weight(const Candidate& c) { return c.weight; }
 
-struct Histogram {
-  uint64_t weight[kBins], count[kBins];
+// What the tokens of one interval of y add up to.
+struct Bin {
+  uint64_t weight, count;
 };
 
 template <class T>
@@ -149,31 +152,30 @@ class RowSampler {
  private:
   // Finds the rank of the last token that top-k and top-p keep.
   void cut(const Sampling& sampling) {
-    Histogram bins;
+    Bin bins[kBins];
     fill(bins);
     uint64_t live = 0, kept = 0;
-    for (int i = 0; i < kBins; ++i) {
-      live += bins.count[i];
-      kept += bins.weight[i];
+    for (const Bin& bin : bins) {
+      live += bin.count;
+      kept += bin.weight;
     }
-    const auto weight = [&](int64_t i) { return bins.weight[i]; };
     const bool by_count = sampling.cuts_count(int32_t(vocab_)) && uint64_t(sampling.top_k) < live;
     int64_t divided = kBins;  // the interval that the cut divides; those before it are kept whole
     if (by_count) {
       const uint64_t k = uint64_t(sampling.top_k);
-      const Crossing at = crossing(kBins, k, [&](int64_t i) { return bins.count[i]; });
+      const Crossing at = crossing(kBins, k, [&](int64_t i) { return bins[i].count; });
       divided = at.index;
       sum_blocks(divided);
       cut_ = rank_at(scratch_.candidates, candidate_count_, k - at.before, one);
       kept = 0;
-      for (int64_t i = 0; i < divided; ++i) kept += bins.weight[i];
+      for (int64_t i = 0; i < divided; ++i) kept += bins[i].weight;
       for (int64_t i = 0; i < candidate_count_; ++i) {
         if (scratch_.candidates[i].rank <= cut_) kept += scratch_.candidates[i].weight;
       }
     }
     if (sampling.cuts_mass()) {
       const uint64_t limit = top_p_limit(sampling.top_p, kept);
-      const Crossing at = crossing(kBins, limit, weight);
+      const Crossing at = crossing(kBins, limit, [&](int64_t i) { return bins[i].weight; });
       if (at.index != divided) sum_blocks(at.index);
       divided = at.index;
       cut_ = rank_at(scratch_.candidates, candidate_count_, limit - at.before, its_weight);
@@ -181,17 +183,28 @@ class RowSampler {
     if (divided == kBins) sum_blocks(kBins);
   }
 
-  void fill(Histogram& bins) {
-    for (int i = 0; i < kBins; ++i) bins.weight[i] = bins.count[i] = 0;
+  void fill(Bin (&bins)[kBins]) {
+    // Two sets, so that an addition rarely waits for the one before; dead tokens go to a bin past the end.
+    Bin sets[2][kBins + 1];
+    for (auto& set : sets) {
+      for (Bin& bin : set) bin = {0, 0};
+    }
+    int32_t bin[kRowBlock];
     for (int64_t first = 0; first < vocab_; first += kRowBlock) {
       load_block(block_, row_, first, vocab_);
       weigh_block(block_, scale_);
       for (int i = 0; i < block_.count; ++i) {
-        if (!is_live(block_.y[i])) continue;
-        const int bin = bin_of(block_.y[i]);
-        bins.weight[bin] += block_.weight[i];
-        ++bins.count[bin];
+        const int32_t found = bin_of(block_.y[i]);
+        bin[i] = found < kBins ? found : kBins;
       }
+      for (int i = 0; i < block_.count; ++i) {
+        Bin& here = sets[i % 2][bin[i]];
+        here.weight += block_.weight[i];
+        ++here.count;
+      }
+    }
+    for (int i = 0; i < kBins; ++i) {
+      bins[i] = {sets[0][i].weight + sets[1][i].weight, sets[0][i].count + sets[1][i].count};
     }
   }
 
