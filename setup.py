@@ -30,7 +30,9 @@ def torch_root() -> Path:
     try:
         import torch
     except ImportError:
-        fail("torch is not installed in this environment; install it first, or build without --no-build-isolation.")
+        fail(
+            "torch is not installed in this environment; install it first, or build without --no-build-isolation."
+        )
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < (2, 10):
         fail(f"torch {torch.__version__} is too old for the stable ABI; install torch 2.10 or newer.")
@@ -49,6 +51,8 @@ class CMakeBuild(build_ext):
     """Builds every library of the project with CMake and places it in the package."""
 
     def run(self) -> None:
+        """Configure, build, install into the package."""
+        torch = torch_root()
         for tool, package in (("cmake", "cmake"), ("ninja", "ninja")):
             if shutil.which(tool) is None:
                 fail(f"{tool} was not found; install it with `pip install {package}`.")
@@ -67,7 +71,7 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_INSTALL_PREFIX={package}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DTRANCHE_TORCH_ROOT={torch_root()}",
+            f"-DTRANCHE_TORCH_ROOT={torch}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DTRANCHE_CUDA={cuda}",
             f"-DTRANCHE_SIM={'ON' if os.environ.get('TRANCHE_SIM') == '1' else 'OFF'}",
@@ -77,7 +81,11 @@ class CMakeBuild(build_ext):
         # a library that this build leaves out must not linger from an earlier one
         for stale in (*package.glob("lib*.so"), *package.glob("_host*.so")):
             stale.unlink()
-        for command in (configure, ["cmake", "--build", str(build), "-j", str(jobs())], ["cmake", "--install", str(build)]):
+        for command in (
+            configure,
+            ["cmake", "--build", str(build), "-j", str(jobs())],
+            ["cmake", "--install", str(build)],
+        ):
             if subprocess.run(command).returncode != 0:
                 fail(f"`{' '.join(command[:2])}` failed; the reason stands above.")
 

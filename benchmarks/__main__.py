@@ -21,14 +21,20 @@ def percent(text: str) -> float:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("families", nargs="*", metavar="family", help=f"which of {', '.join(FAMILIES)} (default: all)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "families", nargs="*", metavar="family", help=f"which of {', '.join(FAMILIES)} (default: all)"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--vs", help="baselines to compare with, separated by commas (default: all)")
     parser.add_argument("--only", help="a regular expression that names of rows must match")
     parser.add_argument("--quick", action="store_true", help="few rows, few repeats: about a minute")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--compare", type=Path, help="compare with results written earlier")
-    parser.add_argument("--fail-above", type=percent, default=0.05, help="with --compare: tolerated slowdown (5%%)")
+    parser.add_argument(
+        "--fail-above", type=percent, default=0.05, help="with --compare: tolerated slowdown (5%%)"
+    )
     parser.add_argument("--check", action="store_true", help="fail when a row misses its bar")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw a roofline picture there")
     arguments = parser.parse_args()

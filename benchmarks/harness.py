@@ -43,7 +43,9 @@ class Row:
     operations: int
     math: str  # which arithmetic limit applies: fp32, bf16 or int8
     build: Callable[[int], Workload]
-    bars: dict[str, float] = field(default_factory=dict)  # baseline -> least ratio; "best" is the best baseline
+    bars: dict[str, float] = field(
+        default_factory=dict
+    )  # baseline -> least ratio; "best" is the best baseline
     quick: bool = False
 
     @property
@@ -71,7 +73,9 @@ class Result:
     def missed_bars(self) -> list[str]:
         missed = []
         for baseline, bar in self.bars.items():
-            ratios = self.ratios if baseline == "best" else {baseline: self.ratios.get(baseline, (math.nan,) * 3)}
+            ratios = (
+                self.ratios if baseline == "best" else {baseline: self.ratios.get(baseline, (math.nan,) * 3)}
+            )
             got = min((ratio[0] for ratio in ratios.values()), default=math.nan)
             if not got >= bar:
                 missed.append(f"{self.name}: {got:.2f}x {baseline}, the bar is {bar:g}x")
@@ -89,7 +93,9 @@ def measure(row: Row, device: str, wanted: set[str] | None, repeats: int) -> Res
     workload = row.build(buffers)
     error = workload.error(workload.result(workload.ours(0)))
     if not error <= workload.tolerance:
-        raise AssertionError(f"{row.name}: error {error:.3g} exceeds {workload.tolerance:.3g}; nothing was timed")
+        raise AssertionError(
+            f"{row.name}: error {error:.3g} exceeds {workload.tolerance:.3g}; nothing was timed"
+        )
     timer = Timer(device, buffers)
     timer.prepare(workload.ours)
 
@@ -101,7 +107,9 @@ def measure(row: Row, device: str, wanted: set[str] | None, repeats: int) -> Res
         layout = workload.layouts.get(name, workload.result)
         difference = workload.error(layout(call(0)))
         if not difference <= 10 * workload.tolerance:
-            raise AssertionError(f"{row.name}: baseline {name} computes something else (error {difference:.3g})")
+            raise AssertionError(
+                f"{row.name}: baseline {name} computes something else (error {difference:.3g})"
+            )
         timer.prepare(call)
         seconds, _, pairs = compare(timer, workload.ours, call, repeats)
         ours += seconds
@@ -111,7 +119,9 @@ def measure(row: Row, device: str, wanted: set[str] | None, repeats: int) -> Res
         ours = [timer.seconds(workload.ours) for _ in range(2 * repeats)]
     warm = None
     if device == "cuda":
-        warm = 1e6 * Sample.of([timer.seconds(workload.ours, rotate=False) for _ in range(2 * repeats)]).median
+        warm = (
+            1e6 * Sample.of([timer.seconds(workload.ours, rotate=False) for _ in range(2 * repeats)]).median
+        )
 
     sample = Sample.of(ours)
     read_seconds = row.bytes_read / read_limit(device, row.bytes_read)
@@ -132,7 +142,9 @@ def measure(row: Row, device: str, wanted: set[str] | None, repeats: int) -> Res
     )
 
 
-def run(rows: Iterable[Row], device: str, wanted: set[str] | None, quick: bool, only: str | None) -> list[Result]:
+def run(
+    rows: Iterable[Row], device: str, wanted: set[str] | None, quick: bool, only: str | None
+) -> list[Result]:
     """Measure the rows asked for, behind a progress bar."""
     chosen = [row for row in rows if (not quick or row.quick) and (only is None or re.search(only, row.name))]
     results = []

@@ -25,7 +25,9 @@ def roofline(results: list[Result], device: str, folder: Path) -> Path:
         axes.plot([low, knee, high], [low * bandwidth, peak, peak], label=f"{kind} limit, {peak:.0f} GFLOP/s")
     for r, intensity in zip(results, intensities, strict=True):
         axes.plot(intensity, r.gigaflops, "o", markersize=5)
-        axes.annotate(r.name, (intensity, r.gigaflops), fontsize=6, xytext=(4, -6), textcoords="offset points")
+        axes.annotate(
+            r.name, (intensity, r.gigaflops), fontsize=6, xytext=(4, -6), textcoords="offset points"
+        )
     axes.set(xscale="log", yscale="log", xlabel="operations per byte read", ylabel="GFLOP/s")
     axes.set_title(f"read limit {bandwidth:.0f} GB/s")
     axes.legend()

@@ -28,7 +28,11 @@ def table(machine: str, op: str) -> str:
         if not rows:
             continue
         about = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
-        lines += [f"Measured: {about}.", "", "| shape | us | GB/s | GFLOP/s | of its limit | times each baseline |"]
+        lines += [
+            f"Measured: {about}.",
+            "",
+            "| shape | us | GB/s | GFLOP/s | of its limit | times each baseline |",
+        ]
         lines += ["| --- | ---: | ---: | ---: | --- | --- |"]
         for row in rows:
             ratios = ", ".join(f"{value[0]:.2f} {name}" for name, value in row["ratios"].items())

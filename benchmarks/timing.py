@@ -77,7 +77,9 @@ class Timer:
         return begin.elapsed_time(end) / 1e3
 
 
-def compare(timer: Timer, ours: Call, other: Call, repeats: int) -> tuple[list[float], list[float], list[float]]:
+def compare(
+    timer: Timer, ours: Call, other: Call, repeats: int
+) -> tuple[list[float], list[float], list[float]]:
     """Seconds of ours, seconds of the other, and the ratio other/ours of each pair A B B A."""
     a, b, ratios = [], [], []
     for _ in range(repeats):

@@ -45,7 +45,9 @@ class Attention:
     through a transposed view.
     """
 
-    def __init__(self, model: Model, nodes: int, length: int, batch: int, dtype: torch.dtype, device: str, buffers: int):
+    def __init__(
+        self, model: Model, nodes: int, length: int, batch: int, dtype: torch.dtype, device: str, buffers: int
+    ):
         slots = length + nodes
         self.model, self.batch, self.nodes, self.length = model, batch, nodes, length
         self.group = model.heads_q // model.heads_kv
@@ -118,7 +120,9 @@ class Attention:
         if self.length * self.batch <= 65536:
             expected = reference.tree_attention(self.q, k, v, self.seqlens, self.tree)
         else:  # fp64 at this size takes minutes; fp32 is right to 1e-6
-            expected = reference.tree_attention(self.q, k, v, self.seqlens, self.tree, compute_dtype=torch.float32)
+            expected = reference.tree_attention(
+                self.q, k, v, self.seqlens, self.tree, compute_dtype=torch.float32
+            )
         heads_first = {"sdpa", "sdpa-expanded", "flex"}
 
         def from_packed(out: Tensor) -> Tensor:
@@ -129,7 +133,8 @@ class Attention:
             baselines=self.baselines(),
             error=lambda out: float((out.double() - expected).abs().max()),
             tolerance=4 * torch.finfo(self.q.dtype).eps,
-            layouts={"packed": from_packed} | {name: (lambda out: out.transpose(1, 2)) for name in heads_first},
+            layouts={"packed": from_packed}
+            | {name: (lambda out: out.transpose(1, 2)) for name in heads_first},
         )
 
 
@@ -155,7 +160,9 @@ def attention_row(
         bytes_read=2 * batch * slots * model.heads_kv * model.head_dim * size,
         operations=4 * batch * nodes * slots * model.heads_q * model.head_dim,
         math="fp32" if dtype == "fp32" else "bf16",
-        build=lambda buffers: Attention(model, nodes, length, batch, DTYPES[dtype], device, buffers).workload(exact),
+        build=lambda buffers: Attention(model, nodes, length, batch, DTYPES[dtype], device, buffers).workload(
+            exact
+        ),
         bars=bars or {},
         quick=quick,
     )

@@ -17,6 +17,7 @@ PYBIND11_MODULE(_host, m) {
         info["isa"] = tranche::isa_name(tranche::isa());
         return info;
       },
-      "version, C++ compiler, CUDA compiler and architectures ('' without CUDA), and the instruction set that "
+      "version, C++ compiler, CUDA compiler and architectures ('' without CUDA), and the instruction set "
+      "that "
       "CPU kernels use on this machine.");
 }

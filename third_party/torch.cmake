@@ -13,5 +13,3 @@ target_include_directories(tranche_torch SYSTEM INTERFACE "${TRANCHE_TORCH_ROOT}
 target_compile_definitions(tranche_torch INTERFACE TORCH_TARGET_VERSION=0x020a000000000000)
 target_link_libraries(tranche_torch INTERFACE
   "${TRANCHE_TORCH_ROOT}/lib/libtorch.so" "${TRANCHE_TORCH_ROOT}/lib/libtorch_cpu.so")
-# Python has loaded torch before any of these libraries, wherever it then is.
-set(CMAKE_SKIP_RPATH ON)

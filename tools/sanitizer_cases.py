@@ -18,7 +18,9 @@ def main() -> None:
         Tree.from_parent(random_parents(2, nodes).cuda())
     for dtype in (torch.float32, torch.bfloat16):
         for exact in (False, True):
-            make_case(dtype=dtype, nodes=20, lengths=(300, 17), page_size=16, exact=exact, device="cuda").run()
+            make_case(
+                dtype=dtype, nodes=20, lengths=(300, 17), page_size=16, exact=exact, device="cuda"
+            ).run()
     make_case(dtype=torch.float16, head_dim=80, cache_dtype=torch.float8_e4m3fn, device="cuda").run()
     torch.cuda.synchronize()
 

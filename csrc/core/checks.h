@@ -26,7 +26,8 @@ class Checks {
   explicit constexpr Checks(const char* op) : op_(op) {}
 
   // "tranche.<op>: expected <expected>, got <got>. <remedy>"
-  void that(bool holds, const std::string& expected, const std::string& got, const std::string& remedy) const {
+  void that(bool holds, const std::string& expected, const std::string& got,
+            const std::string& remedy) const {
     if (!holds) throw std::invalid_argument(message(expected, got, remedy));
   }
 
@@ -40,7 +41,8 @@ class Checks {
   }
 
   // What the host read from a tensor: as `that`, and an IndexError.
-  void index(bool holds, const std::string& expected, const std::string& got, const std::string& remedy) const {
+  void index(bool holds, const std::string& expected, const std::string& got,
+             const std::string& remedy) const {
     if (!holds) throw std::out_of_range(message(expected, got, remedy));
   }
 

@@ -24,32 +24,40 @@ const char* isa_name(Isa);
 
 }  // namespace tranche
 
-// TRANCHE_CPU_ENTRY(Return, name, Params) ends an <op>_cpu.cpp: `Return tranche::cpu::name(const Params&)`, the
-// choice among the namespaces' functions of the same name. It is nothing in all compilations of the file but the
-// baseline's.
+// TRANCHE_CPU_ENTRY(Return, name, Params) ends an <op>_cpu.cpp: `Return tranche::cpu::name(const Params&)`,
+// the choice among the namespaces' functions of the same name. It is nothing in all compilations of the file
+// but the baseline's.
 #if !defined(TRANCHE_ISA_baseline)
 #define TRANCHE_CPU_ENTRY(Return, name, Params)
 #elif defined(__x86_64__)
-#define TRANCHE_CPU_ENTRY(Return, name, Params)          \
-  namespace tranche::cpu {                               \
-  namespace avx2 { Return name(const Params&); }         \
-  namespace avx512 { Return name(const Params&); }       \
-  namespace amx { Return name(const Params&); }          \
-  Return name(const Params& params) {                    \
-    switch (isa()) {                                     \
-      case Isa::amx: return amx::name(params);           \
-      case Isa::avx512: return avx512::name(params);     \
-      case Isa::avx2: return avx2::name(params);         \
-      case Isa::baseline: break;                         \
-    }                                                    \
-    return baseline::name(params);                       \
-  }                                                      \
-  }
-#else
 #define TRANCHE_CPU_ENTRY(Return, name, Params) \
   namespace tranche::cpu {                      \
+  namespace avx2 {                              \
+  Return name(const Params&);                   \
+  }                                             \
+  namespace avx512 {                            \
+  Return name(const Params&);                   \
+  }                                             \
+  namespace amx {                               \
+  Return name(const Params&);                   \
+  }                                             \
   Return name(const Params& params) {           \
+    switch (isa()) {                            \
+      case Isa::amx:                            \
+        return amx::name(params);               \
+      case Isa::avx512:                         \
+        return avx512::name(params);            \
+      case Isa::avx2:                           \
+        return avx2::name(params);              \
+      case Isa::baseline:                       \
+        break;                                  \
+    }                                           \
     return baseline::name(params);              \
   }                                             \
+  }
+#else
+#define TRANCHE_CPU_ENTRY(Return, name, Params)                        \
+  namespace tranche::cpu {                                             \
+  Return name(const Params& params) { return baseline::name(params); } \
   }
 #endif

@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(LimitMathTraits::kThreads) limit_math_kernel(L
     operations = 2.0 * 32 * kWarps * kChains;
   } else if constexpr (kind == MathKind::bf16) {
     float chain[kChains][4] = {};
-    const uint32_t a[4] = {0x3f003f00u, threadIdx.x, 0x3f003f00u, threadIdx.x}, b[2] = {0x3f003f00u, threadIdx.x};
+    const uint32_t a[4] = {0x3f003f00u, threadIdx.x, 0x3f003f00u, threadIdx.x},
+                   b[2] = {0x3f003f00u, threadIdx.x};
     for (int64_t i = 0; i < p.iterations; ++i) {
 #pragma unroll
       for (int c = 0; c < kChains; ++c) ptx::mma_m16n8k16<bf16>(chain[c], a, b);
@@ -37,7 +38,8 @@ __global__ void __launch_bounds__(LimitMathTraits::kThreads) limit_math_kernel(L
     operations = 2.0 * 16 * 8 * 16 * kWarps * kChains;
   } else {
     int32_t chain[kChains][4] = {};
-    const uint32_t a[4] = {0x01020304u, threadIdx.x, 0x01020304u, threadIdx.x}, b[2] = {0x01020304u, threadIdx.x};
+    const uint32_t a[4] = {0x01020304u, threadIdx.x, 0x01020304u, threadIdx.x},
+                   b[2] = {0x01020304u, threadIdx.x};
     for (int64_t i = 0; i < p.iterations; ++i) {
 #pragma unroll
       for (int c = 0; c < kChains; ++c) ptx::mma_m16n8k32<int8_t>(chain[c], a, b);

@@ -1,5 +1,5 @@
-// The arithmetic limit of a machine: independent chains of its best multiply-add instruction on registers, and
-// nothing else. Benchmarks run it beside each row.
+// The arithmetic limit of a machine: independent chains of its best multiply-add instruction on registers,
+// and nothing else. Benchmarks run it beside each row.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,8 @@ enum class MathKind : int32_t {
 };
 
 struct LimitMathParams {
-  double* results;  // [parts, 2] operations done (a multiply-add is two), and a checksum that keeps them alive
+  double*
+      results;  // [parts, 2] operations done (a multiply-add is two), and a checksum that keeps them alive
   int64_t iterations;
   int32_t parts;
   MathKind kind;

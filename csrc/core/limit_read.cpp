@@ -28,7 +28,7 @@ Tensor limit_read(const Tensor& buffer) {
   Tensor checksum = empty_on(buffer, {params.parts}, ScalarType::Long);
   params.buffer = data<uint64_t>(buffer);
   params.checksum = mutable_data<uint64_t>(checksum);
-  RUN_KERNEL(limit_read, params, buffer);
+  RUN_KERNEL(limit_read, params, buffer, checksum);
   return checksum;
 }
 

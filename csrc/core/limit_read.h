@@ -1,5 +1,5 @@
-// The read limit of a machine: a loop that reads a buffer once and does nothing else. Benchmarks run it beside
-// each row, so that "percent of the limit" speaks of this machine at this minute.
+// The read limit of a machine: a loop that reads a buffer once and does nothing else. Benchmarks run it
+// beside each row, so that "percent of the limit" speaks of this machine at this minute.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ struct LimitReadParams {
   const uint64_t* buffer;  // [words], 64-byte aligned; words is a multiple of 8
   uint64_t* checksum;      // [parts] exclusive or of the words of each part
   int64_t words;
-  int32_t parts;           // the buffer is read in this many consecutive parts
+  int32_t parts;  // the buffer is read in this many consecutive parts
 };
 
 namespace cpu {

@@ -3,7 +3,8 @@
 namespace tranche::cuda {
 
 void limit_read(const LimitReadParams& p, void* stream) {
-  launch("limit_read", limit_read_kernel, {dim3(unsigned(p.parts)), dim3(LimitReadTraits::kThreads)}, stream, p);
+  launch("limit_read", limit_read_kernel, {dim3(unsigned(p.parts)), dim3(LimitReadTraits::kThreads)}, stream,
+         p);
 }
 
 }  // namespace tranche::cuda

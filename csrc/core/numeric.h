@@ -11,8 +11,8 @@
 #if defined(__CUDACC__)
 #define TRANCHE_HD __host__ __device__ __forceinline__
 #else
-// Always inlined: CPU kernels compile this file once per instruction set, and an out-of-line copy would be one
-// weak symbol for all of them.
+// Always inlined: CPU kernels compile this file once per instruction set, and an out-of-line copy would be
+// one weak symbol for all of them.
 #define TRANCHE_HD inline __attribute__((always_inline))
 #endif
 
@@ -126,7 +126,7 @@ TRANCHE_HD e4m3 from_float<e4m3>(float x) {
   const uint32_t u = float_bits(x), sign = (u >> 24) & 0x80u, magnitude = u & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {uint8_t(sign | 0x7fu)};
   if (magnitude >= 0x43e00000u) return {uint8_t(sign | 0x7eu)};
-  if (magnitude < 0x3c800000u) {                          // below 2^-6: steps of 2^-9
+  if (magnitude < 0x3c800000u) {                             // below 2^-6: steps of 2^-9
     const float shifted = bits_float(magnitude) + 16384.0f;  // one ulp of 2^14 is 2^-9
     return {uint8_t(sign | (float_bits(shifted) - 0x46800000u))};
   }

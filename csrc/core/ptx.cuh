@@ -16,6 +16,18 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));
 }
 
+// ---- named barriers -----------------------------------------------------------------------------------------
+
+// Barriers 1 to 15 of a block, for `count` of its threads (whole warps): sync waits for the others, arrive only
+// counts. What a thread did before either is seen by those who wait.
+__device__ __forceinline__ void named_barrier_sync(uint32_t id, uint32_t count) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void named_barrier_arrive(uint32_t id, uint32_t count) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
+}
+
 // ---- asynchronous copies to shared memory -----------------------------------------------------------------
 
 // 16 bytes, both addresses 16-byte aligned, past L1. When `valid` is false the source is not read and

@@ -14,6 +14,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -25,7 +26,7 @@
 #include <torch/csrc/stable/accelerator.h>
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #elif defined(TRANCHE_BACKEND_SIM)
-#include "sim/buffers.h"
+#include "sim/runtime.h"
 #elif !defined(TRANCHE_BACKEND_CPU)
 #error "an op file needs one of TRANCHE_BACKEND_CPU, TRANCHE_BACKEND_CUDA, TRANCHE_BACKEND_SIM"
 #endif
@@ -35,7 +36,8 @@ namespace tranche {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// ---- reading tensors ----------------------------------------------------------------------------------------
+// ---- reading tensors
+// ----------------------------------------------------------------------------------------
 
 inline std::string shape_text(const Tensor& tensor) {
   std::ostringstream text;
@@ -49,11 +51,16 @@ inline const char* dtype_text(ScalarType type) { return torch::headeronly::toStr
 
 inline DType dtype_of_tensor(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Float8_e4m3fn: return DType::e4m3;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Float8_e4m3fn:
+      return DType::e4m3;
     default:
       throw std::logic_error(concat("tranche: dtype ", dtype_text(tensor.scalar_type()), " was not checked"));
   }
@@ -74,7 +81,8 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// ---- checking tensors ---------------------------------------------------------------------------------------
+// ---- checking tensors
+// ---------------------------------------------------------------------------------------
 
 class TensorChecks : public Checks {
  public:
@@ -95,7 +103,8 @@ class TensorChecks : public Checks {
          concat("Reshape ", name, " to ", dims, " dimensions."));
   }
 
-  void same_device(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) const {
+  void same_device(const char* name, const Tensor& tensor, const char* other_name,
+                   const Tensor& other) const {
     const bool same = tensor.is_cuda() == other.is_cuda() && tensor.is_cpu() == other.is_cpu() &&
                       tensor.get_device_index() == other.get_device_index();
     that(same, concat(name, " on the device of ", other_name), "another device",
@@ -149,8 +158,9 @@ class HostValues {
  public:
   explicit HostValues(const Tensor& tensor)
       : host_(torch::stable::contiguous(
-            tensor.is_cpu() ? tensor
-                            : torch::stable::to(tensor, torch::stable::Device(torch::headeronly::DeviceType::CPU)))),
+            tensor.is_cpu()
+                ? tensor
+                : torch::stable::to(tensor, torch::stable::Device(torch::headeronly::DeviceType::CPU)))),
         values_(data<T>(host_)) {}
   T operator[](int64_t i) const { return values_[i]; }
 
@@ -159,30 +169,27 @@ class HostValues {
   const T* values_;
 };
 
-// ---- allocating ---------------------------------------------------------------------------------------------
+// ---- allocating
+// ---------------------------------------------------------------------------------------------
 
 inline Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
   const std::vector<int64_t> sizes(shape);
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()),
+                                  type);
 }
 
-// ---- calling a kernel and registering an op -----------------------------------------------------------------
+// ---- calling a kernel and registering an op
+// -----------------------------------------------------------------
 
-// KERNEL(name): the backend's host function. RUN_KERNEL(name, params, tensor): its kernel, on the tensor's
-// device and torch's current stream there.
+// KERNEL(name): the backend's host function. RUN_KERNEL(name, params, tensors...): its kernel, on the device of
+// the first tensor and torch's current stream there. The tensors are all that the kernel may touch: the simulator
+// holds it to that.
 #if defined(TRANCHE_BACKEND_CPU)
 
 #define KERNEL(name) ::tranche::cpu::name
-#define RUN_KERNEL(name, params, tensor) KERNEL(name)(params)
+#define RUN_KERNEL(name, params, ...) KERNEL(name)(params)
 
 #elif defined(TRANCHE_BACKEND_CUDA)
-
-#define KERNEL(name) ::tranche::cuda::name
-#define RUN_KERNEL(name, params, tensor)                                              \
-  do {                                                                                \
-    const torch::stable::accelerator::DeviceGuard guard((tensor).get_device_index()); \
-    KERNEL(name)(params, ::tranche::current_stream((tensor).get_device_index()));     \
-  } while (false)
 
 inline void* current_stream(int32_t device_index) {
   void* stream = nullptr;
@@ -190,10 +197,47 @@ inline void* current_stream(int32_t device_index) {
   return stream;
 }
 
+#define KERNEL(name) ::tranche::cuda::name
+#define RUN_KERNEL(name, params, first, ...)                                             \
+  do {                                                                                   \
+    const torch::stable::accelerator::DeviceGuard guard((first).get_device_index());     \
+    KERNEL(name)(params, ::tranche::current_stream((first).get_device_index()));         \
+  } while (false)
+
 #else
 
+// The memory of some tensors, from the first to the last element that each can reach.
+class SimulatedMemory {
+ public:
+  template <class... Tensors>
+  explicit SimulatedMemory(const Tensors&... tensors) {
+    (add(tensors), ...);
+  }
+
+ private:
+  void add(const std::optional<Tensor>& tensor) {
+    if (tensor) add(*tensor);
+  }
+  void add(const std::vector<Tensor>& tensors) {
+    for (const Tensor& tensor : tensors) add(tensor);
+  }
+  void add(const Tensor& tensor) {
+    if (tensor.numel() == 0) return;
+    int64_t last = 0;
+    for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+    buffers_.push_back(
+        std::make_unique<sim::Buffer>(tensor.const_data_ptr(), size_t(last + 1) * tensor.element_size()));
+  }
+
+  std::vector<std::unique_ptr<sim::Buffer>> buffers_;
+};
+
 #define KERNEL(name) ::tranche::cuda::name
-#define RUN_KERNEL(name, params, tensor) KERNEL(name)(params, nullptr)
+#define RUN_KERNEL(name, params, ...)                      \
+  do {                                                     \
+    const ::tranche::SimulatedMemory memory(__VA_ARGS__);  \
+    KERNEL(name)(params, nullptr);                         \
+  } while (false)
 
 #endif
 
@@ -201,14 +245,14 @@ inline void* current_stream(int32_t device_index) {
 
 // REGISTER_OP(name, "(Tensor x) -> Tensor") after the function `name` is defined.
 #if defined(TRANCHE_BACKEND_CPU)
-#define REGISTER_OP(name, signature)                                          \
-  STABLE_TORCH_LIBRARY_FRAGMENT(tranche, m) { m.def(#name signature); }       \
+#define REGISTER_OP(name, signature)                                    \
+  STABLE_TORCH_LIBRARY_FRAGMENT(tranche, m) { m.def(#name signature); } \
   STABLE_TORCH_LIBRARY_IMPL(tranche, CPU, m) { m.impl(#name, TORCH_BOX(&name)); }
 #elif defined(TRANCHE_BACKEND_CUDA)
 #define REGISTER_OP(name, signature) \
   STABLE_TORCH_LIBRARY_IMPL(tranche, CUDA, m) { m.impl(#name, TORCH_BOX(&name)); }
 #else
-#define REGISTER_OP(name, signature)                                          \
-  STABLE_TORCH_LIBRARY_FRAGMENT(tranche_sim, m) { m.def(#name signature); }   \
+#define REGISTER_OP(name, signature)                                        \
+  STABLE_TORCH_LIBRARY_FRAGMENT(tranche_sim, m) { m.def(#name signature); } \
   STABLE_TORCH_LIBRARY_IMPL(tranche_sim, CPU, m) { m.impl(#name, TORCH_BOX(&name)); }
 #endif

@@ -13,10 +13,11 @@ namespace tranche {
 struct TreeAncestorsParams {
   const int32_t* parent;   // [B, N]
   const int32_t* n_nodes;  // [B] nodes in use
-  int64_t* ancestors;      // [B, N, W] out: bit j%64 of word j/64 is set when j is i or an ancestor of i; contiguous
-  int32_t* depth;          // [B, N] out: root 0; contiguous
+  int64_t*
+      ancestors;   // [B, N, W] out: bit j%64 of word j/64 is set when j is i or an ancestor of i; contiguous
+  int32_t* depth;  // [B, N] out: root 0; contiguous
 
-  int64_t parent_stride;   // of B, in elements; a row is contiguous
+  int64_t parent_stride;  // of B, in elements; a row is contiguous
   int32_t batch, nodes, words;
 };
 

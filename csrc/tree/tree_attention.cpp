@@ -65,7 +65,8 @@ void check_caches(const TensorChecks& check, const Arguments& a) {
     check.dtype("block_table", table, {ScalarType::Int});
     check.same_device("block_table", table, "q", a.q);
     check.last_contiguous("block_table", table);
-    check.equal("block_table.size(0)", table.size(0), "q.size(0)", a.batch(), "Give each sequence its row of pages.");
+    check.equal("block_table.size(0)", table.size(0), "q.size(0)", a.batch(),
+                "Give each sequence its row of pages.");
     check.that(a.page_size() > 0, "k_cache.size(1) > 0 (slots per page)", "0", "Allocate pages with slots.");
   } else {
     check.equal("k_cache.size(0)", a.k_cache.size(0), "q.size(0)", a.batch(),
@@ -78,7 +79,8 @@ void check_caches(const TensorChecks& check, const Arguments& a) {
 void check_indices_and_scales(const TensorChecks& check, const Arguments& a) {
   const int64_t batch = a.batch(), nodes = a.nodes(), words = (nodes + 63) / 64;
   check.exactly("cache_seqlens", a.cache_seqlens, ScalarType::Int, {batch}, "[B]", "q", a.q);
-  check.exactly("ancestors", a.ancestors, ScalarType::Long, {batch, nodes, words}, "[B, N, ceil(N/64)]", "q", a.q);
+  check.exactly("ancestors", a.ancestors, ScalarType::Long, {batch, nodes, words}, "[B, N, ceil(N/64)]", "q",
+                a.q);
   check.exactly("depth", a.depth, ScalarType::Int, {batch, nodes}, "[B, N]", "q", a.q);
   check.exactly("n_nodes", a.n_nodes, ScalarType::Int, {batch}, "[B]", "q", a.q);
   if (a.sinks) {
@@ -86,7 +88,7 @@ void check_indices_and_scales(const TensorChecks& check, const Arguments& a) {
   }
   const bool fp8 = a.k_cache.scalar_type() == ScalarType::Float8_e4m3fn;
   const std::pair<const char*, const std::optional<Tensor>&> scales[] = {{"k_scale", a.k_scale},
-                                                                       {"v_scale", a.v_scale}};
+                                                                         {"v_scale", a.v_scale}};
   for (const auto& [name, scale] : scales) {
     if (!scale) continue;
     check.that(fp8, concat("no ", name, " for caches of dtype ", dtype_text(a.k_cache.scalar_type())), "one",
@@ -100,9 +102,11 @@ void check_lengths(const TensorChecks& check, const Arguments& a) {
   const HostValues<int32_t> lengths(a.cache_seqlens), counts(a.n_nodes);
   check_n_nodes(check, counts, a.batch(), a.nodes());
   for (int64_t b = 0; b < a.batch(); ++b) {
-    check.in_range("cache_seqlens", b, lengths[b], 0, a.capacity(), "It counts the committed tokens in the cache.");
+    check.in_range("cache_seqlens", b, lengths[b], 0, a.capacity(),
+                   "It counts the committed tokens in the cache.");
     const int64_t used = int64_t(lengths[b]) + counts[b];
-    check.index(used <= a.capacity(), concat("cache_seqlens[", b, "] + n_nodes[", b, "] <= ", a.capacity()), concat(used),
+    check.index(used <= a.capacity(), concat("cache_seqlens[", b, "] + n_nodes[", b, "] <= ", a.capacity()),
+                concat(used),
                 a.block_table ? "Give block_table more pages: the tree's nodes need slots too."
                               : "Allocate a longer cache: the tree's nodes need slots too.");
   }
@@ -113,8 +117,9 @@ void check_lengths(const TensorChecks& check, const Arguments& a) {
     const int64_t used = (int64_t(lengths[b]) + counts[b] + a.page_size() - 1) / a.page_size();
     for (int64_t i = 0; i < used; ++i) {
       const int64_t page = pages[b * columns + i];
-      check.index(page >= 0 && page < a.pages(), concat("block_table[", b, ", ", i, "] in [0, ", a.pages(), ")"),
-                  concat(page), "Every page that holds a used slot must exist in the cache.");
+      check.index(page >= 0 && page < a.pages(),
+                  concat("block_table[", b, ", ", i, "] in [0, ", a.pages(), ")"), concat(page),
+                  "Every page that holds a used slot must exist in the cache.");
     }
   }
 }
@@ -159,24 +164,30 @@ TreeAttentionParams make_params(const Arguments& a, const Tensor& out, const Ten
 
 void set_scalars(const TensorChecks& check, TreeAttentionParams& p, std::optional<double> scale,
                  std::optional<int64_t> window, std::optional<double> softcap, bool exact) {
-  check.that(!scale || std::isfinite(*scale), "a finite scale", scale ? concat(*scale) : "", "Leave it out for D^-0.5.");
-  check.that(!window || *window > 0, "window > 0", window ? concat(*window) : "", "Leave it out for no window.");
+  check.that(!scale || std::isfinite(*scale), "a finite scale", scale ? concat(*scale) : "",
+             "Leave it out for D^-0.5.");
+  check.that(!window || *window > 0, "window > 0", window ? concat(*window) : "",
+             "Leave it out for no window.");
   check.that(!softcap || (std::isfinite(*softcap) && *softcap > 0), "a finite softcap > 0",
              softcap ? concat(*softcap) : "", "Leave it out for no cap.");
-  p.scale = float(scale.value_or(1.0 / std::sqrt(double(p.head_dim))));
+  p.scale_f64 = scale.value_or(1.0 / std::sqrt(double(p.head_dim)));
+  p.scale = float(p.scale_f64);
   p.window = window.value_or(0);
   p.softcap = float(softcap.value_or(0.0));
   p.exact = exact;
 }
 
-std::tuple<Tensor, Tensor> tree_attention(
-    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cache_seqlens,
-    const Tensor& ancestors, const Tensor& depth, const Tensor& n_nodes, const std::optional<Tensor>& block_table,
-    std::optional<double> scale, std::optional<int64_t> window, std::optional<double> softcap,
-    const std::optional<Tensor>& sinks, const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale,
-    bool return_lse, bool exact) {
+std::tuple<Tensor, Tensor> tree_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                          const Tensor& cache_seqlens, const Tensor& ancestors,
+                                          const Tensor& depth, const Tensor& n_nodes,
+                                          const std::optional<Tensor>& block_table,
+                                          std::optional<double> scale, std::optional<int64_t> window,
+                                          std::optional<double> softcap, const std::optional<Tensor>& sinks,
+                                          const std::optional<Tensor>& k_scale,
+                                          const std::optional<Tensor>& v_scale, bool return_lse, bool exact) {
   const TensorChecks check("tree_attention");
-  const Arguments a{q, k_cache, v_cache, cache_seqlens, ancestors, depth, n_nodes, block_table, sinks, k_scale, v_scale};
+  const Arguments a{q,       k_cache,     v_cache, cache_seqlens, ancestors, depth,
+                    n_nodes, block_table, sinks,   k_scale,       v_scale};
   check_query(check, a);
   check_caches(check, a);
   check_indices_and_scales(check, a);
@@ -190,15 +201,17 @@ std::tuple<Tensor, Tensor> tree_attention(
 
   const Tensor workspace = empty_on(q, {int64_t(KERNEL(tree_attention_workspace)(params))}, ScalarType::Byte);
   params.workspace = workspace.mutable_data_ptr();
-  RUN_KERNEL(tree_attention, params, q);
+  RUN_KERNEL(tree_attention, params, q, k_cache, v_cache, cache_seqlens, ancestors, depth, n_nodes, block_table,
+             sinks, k_scale, v_scale, out, lse, workspace);
   return {out, lse};
 }
 
-REGISTER_OP(tree_attention,
-            "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor ancestors, Tensor depth, "
-            "Tensor n_nodes, Tensor? block_table=None, float? scale=None, SymInt? window=None, "
-            "float? softcap=None, Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None, "
-            "bool return_lse=False, bool exact=False) -> (Tensor out, Tensor lse)")
+REGISTER_OP(
+    tree_attention,
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor ancestors, Tensor depth, "
+    "Tensor n_nodes, Tensor? block_table=None, float? scale=None, SymInt? window=None, "
+    "float? softcap=None, Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None, "
+    "bool return_lse=False, bool exact=False) -> (Tensor out, Tensor lse)")
 
 }  // namespace
 }  // namespace tranche

@@ -119,7 +119,7 @@ class CacheRows {
   int32_t page_size_, last_page_;
 };
 
-// Unnormalised output, maximum (of scores times log2 e) and sum of each row over some keys.
+// Unnormalised output, base (about the maximum of scores times log2 e) and sum of each row over some keys.
 struct Partial {
   float* out;  // [tiles][padded_dim][16]
   float* max;  // [tiles][16]
@@ -136,6 +136,31 @@ struct Partial {
   }
 };
 
+// Brings the next chunk's rows into the second-level cache while this one is worked on. A row is a few lines at a
+// stride of all heads, which hardware prefetchers do not follow. Kernels call work() with the cycles that a step
+// takes, so that the requests spread evenly.
+class Prefetch {
+ public:
+  void begin(const CacheRows& k, const CacheRows& v, int64_t first, int keys, int row_bytes) {
+    k_ = &k, v_ = &v, first_ = first, rows_ = 2 * keys, next_ = 0, bytes_ = row_bytes;
+    progress_ = 0.0f;
+  }
+  void expect(float cycles) { per_cycle_ = float(rows_) / cycles; }
+  void work(float cycles) {
+    progress_ += cycles * per_cycle_;
+    for (const int until = least(int(progress_), rows_); next_ < until; ++next_) {
+      const char* row = (next_ % 2 ? v_ : k_)->row(first_ + next_ / 2);
+      for (int i = 0; i < bytes_; i += 64) __builtin_prefetch(row + i, 0, 2);
+    }
+  }
+
+ private:
+  const CacheRows *k_ = nullptr, *v_ = nullptr;
+  int64_t first_ = 0;
+  int rows_ = 0, next_ = 0, bytes_ = 0;
+  float progress_ = 0.0f, per_cycle_ = 0.0f;
+};
+
 // The keys of one chunk: its committed slots, then, from row `padded` on, the nodes whose positions lie in it.
 struct Chunk {
   int64_t first;          // position of the first key
@@ -146,6 +171,7 @@ struct Chunk {
   const int32_t* node;    // [nodes] ascending
   const char** k_row;     // [round_up(padded + nodes, 32)] null: no such key
   const char** v_row;
+  Prefetch* prefetch;     // of the next chunk
 };
 
 // A block of rows, and what each of them sees.
@@ -322,14 +348,19 @@ TRANCHE_INLINE Vec visible_max(const Chunk& chunk, const Block& block, const Geo
 // A maximum that can be subtracted: 0 where no key has been seen.
 TRANCHE_INLINE Vec finite_max(Vec m) { return vselect(veq(m, vset(-kInf)), vset(0.0f), m); }
 
-// Takes `chunk_max` (unscaled) into the running maximum; returns what sum and output must be multiplied with,
-// exactly 1 where the maximum stays.
+// What weights are taken relative to, given the largest score of a chunk (unscaled): the running maximum, but it
+// follows only rises of more than kSlack powers of two, so that the output is seldom rescaled. A weight is then at
+// most 2^kSlack, which costs no precision. Decided per row. Returns what sum and output must be multiplied with,
+// exactly 1 where the base stays.
 TRANCHE_INLINE Vec advance_max(float* running, Vec chunk_max, float factor) {
+  constexpr float kSlack = 8.0f;
   const Vec old = vload(running), lowest = vset(-kInf);
   const Vec scaled = vselect(veq(chunk_max, lowest), lowest, vmul(chunk_max, vset(factor)));
-  const Vec now = vmax(scaled, old);
+  const Vec now = vselect(vlt(vadd(old, vset(kSlack)), scaled), scaled, old);
   vstore(running, now);
-  return vselect(veq(now, old), vset(1.0f), vexp2<6>(vsub(old, finite_max(now))));
+  // Before the first key sum and output are 0.
+  const Mask stays = veq(now, old), first = veq(old, lowest);
+  return vselect(stays, vset(1.0f), vselect(first, vset(1.0f), vexp2<6>(vsub(old, now))));
 }
 
 // total += part, in the order of the calls.
@@ -439,11 +470,17 @@ struct Worker {
   void segment(const TreeAttentionParams& p, const Geometry& g, int index, const Partial& result) {
     const CacheRows k(p, p.k_cache, p.k_stride, Kernel::kElement, block.b, block.head_kv);
     const CacheRows v(p, p.v_cache, p.v_stride, Kernel::kElement, block.b, block.head_kv);
+    Prefetch prefetch;
     result.clear(block.tiles, g.padded_dim);
     const int64_t begin = int64_t(index) * kSegment, last = int64_t(block.seqlen) + block.deepest;
     for (int64_t first = begin; first < begin + kSegment && first <= last; first += kChunk) {
       Chunk chunk;
-      if (describe(chunk, block, g, k, v, first)) kernel.chunk(block, chunk, result);
+      if (!describe(chunk, block, g, k, v, first)) continue;
+      const int64_t next = first + kChunk;
+      prefetch.begin(k, v, next, int(least<int64_t>(most<int64_t>(block.seqlen - next, 0), kChunk)),
+                     p.head_dim * Kernel::kElement);
+      chunk.prefetch = &prefetch;
+      kernel.chunk(block, chunk, result);
     }
   }
 };

@@ -23,6 +23,11 @@ namespace tranche::cpu::TRANCHE_ISA {
 
 constexpr int kGroup = 32;  // keys in a tile product
 constexpr int kChunkGroups = kChunk / kGroup;
+constexpr int kStrip = 2;  // row tiles worked on at a time
+
+// Rough cycles of the steps during which the next chunk is fetched; the tile products are not among them, as they
+// need the line buffers themselves. Packing: per 16 keys or 32 values of 128 elements and part.
+constexpr float kPackKeys = 300.0f, kPackValues = 700.0f, kSoftmax = 280.0f;
 
 template <class T>
 constexpr int kParts = 1;
@@ -87,15 +92,17 @@ class AmxKernel {
     q_part_ = int64_t(g_.block_tiles) * dim_blocks_ * kTileBytes;
     k_part_ = int64_t(keys_ / 16) * dim_blocks_ * kTileBytes;
     v_part_ = int64_t(kChunkGroups) * dim_tiles_ * kTileBytes;
-    p_part_ = 2 * kChunkGroups * kTileBytes;
+    p_part_ = kStrip * kChunkGroups * kTileBytes;
     q_ = arena.take<char>(kQ * q_part_);
     k_ = arena.take<char>(kK * k_part_);
     v_ = arena.take<char>(kK * v_part_);
     weights_ = arena.take<char>(kQ * p_part_);
-    scores_ = arena.take<float>(2 * int64_t(keys_) * kLanes);
+    scores_ = arena.take<float>(kStrip * int64_t(keys_) * kLanes);
     v_path_ = arena.take<char>(kK * dim_tiles_ * kTileBytes);
     weights_path_ = arena.take<char>(kQ * kTileBytes);
     path_ = arena.take<int32_t>(p_.nodes);
+    nonfinite_ = arena.take<bool>(keys_);
+    saved_ = arena.take<float>(int64_t(dim_) * kLanes);
   }
 
   void begin(const Block& block) {
@@ -130,34 +137,29 @@ class AmxKernel {
 
   void chunk(const Block& block, const Chunk& chunk, const Partial& result) {
     const int key_tiles = int(round_up(chunk.padded + chunk.nodes, kGroup)) / 16;
-    for (int tile = 0; tile < key_tiles; ++tile) pack_keys(chunk.k_row + tile * 16, tile);
+    Prefetch& prefetch = *chunk.prefetch;
+    const float per_part = float(kK * dim_) / 128.0f;
+    prefetch.expect((16 * kPackKeys + 8 * kPackValues) * per_part + float(8 * block.tiles) * kSoftmax);
+    for (int tile = 0; tile < key_tiles; ++tile) {
+      pack_keys(chunk.k_row + tile * 16, tile);
+      prefetch.work(kPackKeys * per_part);
+    }
 
     int groups = chunk.prefix / kGroup;  // shared by all rows
-    if (!chunk.uniform) {
-      for (int x = 0; x < chunk.prefix; ++x) {
-        if (row_nonfinite(chunk.v_row[x], p_.head_dim, dtype_of<KV>::value)) groups = 0;
-      }
+    const int rows = chunk.padded + chunk.nodes;
+    bool hidden_nonfinite = false;
+    for (int x = chunk.uniform ? groups * kGroup : 0; x < rows; ++x) {
+      nonfinite_[x] = chunk.v_row[x] && row_nonfinite(chunk.v_row[x], p_.head_dim, dtype_of<KV>::value);
+      hidden_nonfinite |= nonfinite_[x];
     }
+    if (!chunk.uniform && hidden_nonfinite) groups = 0;
     for (int i = 0; i < groups; ++i) {
       pack_values(chunk.v_row + i * kGroup, v_ + int64_t(i) * dim_tiles_ * kTileBytes, v_part_);
+      prefetch.work(kPackValues * per_part);
     }
-    const bool own = chunk.nodes > 0 || groups * kGroup < chunk.prefix;
-    for (int tile = 0; tile < block.tiles; tile += 2) {
-      const int tiles = least(block.tiles - tile, 2);
-      for (int k = 0; k < key_tiles; k += 2) tiles == 2 ? score<true>(tile, k) : score<false>(tile, k);
-      for (int t = 0; t < tiles; ++t) softmax(block, chunk, groups, tile + t, t, result);
-      float* out = result.out + int64_t(tile) * dim_ * kLanes;
-      for (int d = 0; d < dim_tiles_; d += 2) {
-        if (tiles == 2) {
-          d + 2 <= dim_tiles_ ? accumulate<true, true>(groups, d, out) : accumulate<true, false>(groups, d, out);
-        } else {
-          d + 2 <= dim_tiles_ ? accumulate<false, true>(groups, d, out) : accumulate<false, false>(groups, d, out);
-        }
-      }
-      for (int t = 0; own && t < tiles; ++t) {
-        own_groups(block, chunk, groups, tile + t, scores_ + int64_t(t) * keys_ * kLanes,
-                   out + int64_t(t) * dim_ * kLanes);
-      }
+    for (int tile = 0; tile < block.tiles; tile += kStrip) {
+      block.tiles - tile >= 2 ? strip<true>(block, chunk, groups, key_tiles, tile, result)
+                              : strip<false>(block, chunk, groups, key_tiles, tile, result);
     }
   }
 
@@ -177,22 +179,29 @@ class AmxKernel {
     transpose16(x);
   }
 
-  // 16 keys to rows of tiles.
+  // 16 keys to rows of tiles. All loads come before all stores: loads that follow stores to the same offset in
+  // another page wait for them.
   void pack_keys(const char* const* row, int tile) const {
-    for (int i = 0; i < 16; ++i) {
-      char* to = k_ + int64_t(tile) * dim_blocks_ * kTileBytes + i * 64;
-      for (int db = 0; db < dim_blocks_; ++db, to += kTileBytes) {
-        const int left = p_.head_dim - db * 32;
-        if (!row[i]) {
-          for (int part = 0; part < kK; ++part) _mm512_store_si512(to + part * k_part_, _mm512_setzero_si512());
-        } else if constexpr (kCopied) {
-          const __mmask32 mask = left >= 32 ? ~0u : (1u << left) - 1u;
-          _mm512_store_si512(to, _mm512_maskz_loadu_epi16(mask, row[i] + db * 64));
-        } else {
-          const KV* from = reinterpret_cast<const KV*>(row[i]) + db * 32;
+    char* to = k_ + int64_t(tile) * dim_blocks_ * kTileBytes;
+    for (int db = 0; db < dim_blocks_; ++db, to += kTileBytes) {
+      const int left = p_.head_dim - db * 32;
+      if constexpr (kCopied) {
+        const __mmask32 mask = left >= 32 ? ~0u : (1u << left) - 1u;
+        __m512i x[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+          x[i] = row[i] ? _mm512_maskz_loadu_epi16(mask, row[i] + db * 64) : _mm512_setzero_si512();
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 64, x[i]);
+      } else {
+        const int low = least(left, 16), high = most(least(left - 16, 16), 0);
+        for (int i = 0; i < 16; ++i) {
           __m512i part[kK];
-          split_pair<kK, true>(load16(from, least(left, 16)), load16(from + 16, most(least(left - 16, 16), 0)), part);
-          for (int j = 0; j < kK; ++j) _mm512_store_si512(to + j * k_part_, part[j]);
+          for (int j = 0; j < kK; ++j) part[j] = _mm512_setzero_si512();
+          const KV* from = reinterpret_cast<const KV*>(row[i]) + db * 32;
+          if (row[i]) split_pair<kK, true>(load16(from, low), load16(from + 16, high), part);
+          for (int j = 0; j < kK; ++j) _mm512_store_si512(to + j * k_part_ + i * 64, part[j]);
         }
       }
     }
@@ -200,6 +209,8 @@ class AmxKernel {
 
   // 32 values to tiles [16 columns d][keys (t, t + 16) for t < 16].
   void pack_values(const char* const* row, char* to, int64_t part_stride) const {
+    bool empty[2] = {true, true};
+    for (int i = 0; i < kGroup; ++i) empty[i / 16] &= row[i] == nullptr;
     if constexpr (kCopied) {
       const __m512i high = _mm512_set1_epi32(int(0xffff0000u));
       for (int d = 0; d < dim_; d += 32, to += 2 * kTileBytes) {
@@ -209,9 +220,12 @@ class AmxKernel {
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
 #pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i) x[half][i] = _mm512_setzero_si512();
+          if (empty[half]) continue;
+#pragma GCC unroll 16
           for (int i = 0; i < 16; ++i) {
             const char* from = row[half * 16 + i];
-            x[half][i] = from ? _mm512_maskz_loadu_epi16(mask, from + d * 2) : _mm512_setzero_si512();
+            if (from) x[half][i] = _mm512_maskz_loadu_epi16(mask, from + d * 2);
           }
           transpose16(x[half]);
         }
@@ -228,8 +242,10 @@ class AmxKernel {
       const KV* const* values = reinterpret_cast<const KV* const*>(row);
       for (int d = 0; d < dim_; d += 16, to += kTileBytes) {
         __m512i x[2][16];
-        load_transposed(values, d, x[0], vset(1.0f));
-        load_transposed(values + 16, d, x[1], vset(1.0f));
+        for (int half = 0; half < 2; ++half) {
+          for (int i = 0; i < 16; ++i) x[half][i] = _mm512_setzero_si512();
+          if (!empty[half]) load_transposed(values + half * 16, d, x[half], vset(1.0f));
+        }
         for (int i = 0; i < 16; ++i) {
           __m512i part[kK];
           split_pair<kK, true>(_mm512_castsi512_ps(x[0][i]), _mm512_castsi512_ps(x[1][i]), part);
@@ -239,12 +255,15 @@ class AmxKernel {
     }
   }
 
-  // Scores of key tiles k, k + 1 with row tiles tile, tile + 1.
-  template <bool kTwoRows>
+  // Tile registers: 0-3 are the results of two tiles of K or V (in 4 and 7) with two row tiles (5 and 6). Each
+  // tile loaded serves two products, so that the loads are not the limit.
+
+  // Scores of key tiles k, k + 1 with row tiles tile, tile + 1 (if kTwo).
+  template <bool kTwo>
   void score(int tile, int k) const {
     TRANCHE_TILE_ZERO(0);
     TRANCHE_TILE_ZERO(2);
-    if (kTwoRows) {
+    if (kTwo) {
       TRANCHE_TILE_ZERO(1);
       TRANCHE_TILE_ZERO(3);
     }
@@ -254,64 +273,73 @@ class AmxKernel {
 #pragma GCC unroll 3
       for (int j = 0; j < kK; ++j) {
         TRANCHE_TILE_LOAD(4, key + j * k_part_, 64);
-        TRANCHE_TILE_LOAD(5, key + j * k_part_ + row, 64);
+        TRANCHE_TILE_LOAD(7, key + j * k_part_ + row, 64);
 #pragma GCC unroll 3
-        for (int i = 0; i + j < kQ; ++i) {
-          TRANCHE_TILE_LOAD(6, q + i * q_part_, 64);
-          TRANCHE_TILE_DOT_BF16(0, 4, 6);
-          TRANCHE_TILE_DOT_BF16(2, 5, 6);
-          if (kTwoRows) {
-            TRANCHE_TILE_LOAD(7, q + i * q_part_ + row, 64);
-            TRANCHE_TILE_DOT_BF16(1, 4, 7);
-            TRANCHE_TILE_DOT_BF16(3, 5, 7);
-          }
-        }
+        for (int i = 0; i + j < kQ; ++i) products<kTwo>(q + i * q_part_, row);
       }
     }
-    float* to = scores_ + k * 16 * kLanes;
+    float *to = scores_ + k * 16 * kLanes, *next = to + int64_t(keys_) * kLanes;
     TRANCHE_TILE_STORE(0, to, 64);
     TRANCHE_TILE_STORE(2, to + 16 * kLanes, 64);
-    if (kTwoRows) {
-      to += int64_t(keys_) * kLanes;
-      TRANCHE_TILE_STORE(1, to, 64);
-      TRANCHE_TILE_STORE(3, to + 16 * kLanes, 64);
+    if (kTwo) {
+      TRANCHE_TILE_STORE(1, next, 64);
+      TRANCHE_TILE_STORE(3, next + 16 * kLanes, 64);
     }
   }
 
-  // Adds the shared groups to column tiles d, d + 1 of the output of one or two row tiles.
-  template <bool kTwoRows, bool kTwoColumns>
+  // Adds the shared groups to column tiles d, d + 1 (if there is one) of the output of one or two row tiles.
+  template <bool kTwo>
   void accumulate(int groups, int d, float* out) const {
     float *out0 = out + int64_t(d) * 16 * kLanes, *out1 = out0 + int64_t(dim_) * kLanes;
+    const bool second = d + 1 < dim_tiles_;
     TRANCHE_TILE_LOAD(0, out0, 64);
-    if (kTwoRows) TRANCHE_TILE_LOAD(1, out1, 64);
-    if (kTwoColumns) TRANCHE_TILE_LOAD(2, out0 + 16 * kLanes, 64);
-    if (kTwoRows && kTwoColumns) TRANCHE_TILE_LOAD(3, out1 + 16 * kLanes, 64);
+    if (kTwo) TRANCHE_TILE_LOAD(1, out1, 64);
+    if (second) TRANCHE_TILE_LOAD(2, out0 + 16 * kLanes, 64);
+    if (kTwo && second) TRANCHE_TILE_LOAD(3, out1 + 16 * kLanes, 64);
     const char *value = v_ + d * kTileBytes, *weight = weights_;
     for (int g = 0; g < groups; ++g, value += dim_tiles_ * kTileBytes, weight += kTileBytes) {
 #pragma GCC unroll 3
       for (int j = 0; j < kK; ++j) {
         TRANCHE_TILE_LOAD(4, value + j * v_part_, 64);
-        if (kTwoColumns) TRANCHE_TILE_LOAD(5, value + j * v_part_ + kTileBytes, 64);
+        TRANCHE_TILE_LOAD(7, value + j * v_part_ + (second ? kTileBytes : 0), 64);
 #pragma GCC unroll 3
-        for (int i = 0; i + j < kQ; ++i) {
-          TRANCHE_TILE_LOAD(6, weight + i * p_part_, 64);
-          TRANCHE_TILE_DOT_BF16(0, 4, 6);
-          if (kTwoColumns) TRANCHE_TILE_DOT_BF16(2, 5, 6);
-          if (kTwoRows) {
-            TRANCHE_TILE_LOAD(7, weight + i * p_part_ + kChunkGroups * kTileBytes, 64);
-            TRANCHE_TILE_DOT_BF16(1, 4, 7);
-            if (kTwoColumns) TRANCHE_TILE_DOT_BF16(3, 5, 7);
-          }
-        }
+        for (int i = 0; i + j < kQ; ++i) products<kTwo>(weight + i * p_part_, kChunkGroups * kTileBytes);
       }
     }
     TRANCHE_TILE_STORE(0, out0, 64);
-    if (kTwoRows) TRANCHE_TILE_STORE(1, out1, 64);
-    if (kTwoColumns) TRANCHE_TILE_STORE(2, out0 + 16 * kLanes, 64);
-    if (kTwoRows && kTwoColumns) TRANCHE_TILE_STORE(3, out1 + 16 * kLanes, 64);
+    if (kTwo) TRANCHE_TILE_STORE(1, out1, 64);
+    if (second) TRANCHE_TILE_STORE(2, out0 + 16 * kLanes, 64);
+    if (kTwo && second) TRANCHE_TILE_STORE(3, out1 + 16 * kLanes, 64);
   }
 
-  // Scores of row tile `tile` (the `which`-th of the pair at hand) to weights: the shared groups' as parts in
+  // Results 0 and 2 += tiles 4 and 7 times the row tile at `rows`; 1 and 3 with the next, `stride` bytes on.
+  template <bool kTwo>
+  TRANCHE_INLINE void products(const char* rows, int64_t stride) {
+    TRANCHE_TILE_LOAD(5, rows, 64);
+    TRANCHE_TILE_DOT_BF16(0, 4, 5);
+    TRANCHE_TILE_DOT_BF16(2, 7, 5);
+    if (kTwo) {
+      TRANCHE_TILE_LOAD(6, rows + stride, 64);
+      TRANCHE_TILE_DOT_BF16(1, 4, 6);
+      TRANCHE_TILE_DOT_BF16(3, 7, 6);
+    }
+  }
+
+  template <bool kTwo>
+  void strip(const Block& block, const Chunk& chunk, int groups, int key_tiles, int tile, const Partial& result) {
+    constexpr int kTiles = kTwo ? 2 : 1;
+    for (int k = 0; k < key_tiles; k += 2) score<kTwo>(tile, k);
+    for (int t = 0; t < kTiles; ++t) softmax(block, chunk, groups, tile + t, t, result);
+    float* out = result.out + int64_t(tile) * dim_ * kLanes;
+    for (int d = 0; groups > 0 && d < dim_tiles_; d += 2) accumulate<kTwo>(groups, d, out);
+    if (chunk.nodes == 0 && groups * kGroup >= chunk.prefix) return;
+    for (int t = 0; t < kTiles; ++t) {
+      own_groups(block, chunk, groups, tile + t, scores_ + int64_t(t) * keys_ * kLanes,
+                 out + int64_t(t) * dim_ * kLanes);
+    }
+  }
+
+  // Scores of row tile `tile` (the `which`-th of the strip at hand) to weights: the shared groups' as parts in
   // weights_, the other keys' as floats in place, 0 where a row does not see the key. Rescales output and sum.
   void softmax(const Block& block, const Chunk& chunk, int groups, int tile, int which, const Partial& result) const {
     constexpr int kDegree = kQ == 3 ? 6 : 4;
@@ -327,6 +355,7 @@ class AmxKernel {
     char* weights = weights_ + which * kChunkGroups * kTileBytes;
     const auto shared = [&](auto uniform) {
       for (int g = 0; g < groups; ++g) {
+        chunk.prefetch->work(kSoftmax);
         const float* from = s + g * kGroup * kLanes;
 #pragma GCC unroll 2
         for (int t = 0; t < 16; ++t) {
@@ -386,7 +415,7 @@ class AmxKernel {
       for (int64_t first = chunk.first + groups * kGroup; first < chunk_end; first += kGroup) {
         const char* v_row[kGroup];
         int weight_row[kGroup];
-        bool any = false;
+        bool any = false, guard = false;
         for (int x = 0; x < kGroup; ++x) {
           const int64_t key = first + x;
           int at = -1;
@@ -398,8 +427,15 @@ class AmxKernel {
           weight_row[x] = at;
           v_row[x] = at < 0 ? nullptr : chunk.v_row[at];
           any |= at >= 0;
+          guard |= at >= 0 && nonfinite_[at];
         }
-        if (any) own_group(v_row, weight_row, lanes, weights, out);
+        if (!any) continue;
+        // The other nodes' weights are 0, but 0 times infinity is not: keep their lanes.
+        if (guard) memcpy(saved_, out, sizeof(float) * size_t(dim_) * kLanes);
+        own_group(v_row, weight_row, lanes, weights, out);
+        for (int d = 0; guard && d < dim_; ++d) {
+          vstore(out + d * kLanes, vselect(lanes, vload(out + d * kLanes), vload(saved_ + d * kLanes)));
+        }
       }
     }
   }
@@ -445,7 +481,9 @@ class AmxKernel {
   char *q_ = nullptr, *k_ = nullptr, *v_ = nullptr, *weights_ = nullptr;  // packed, by part
   float* scores_ = nullptr;                                             // [2][keys_][16]
   char *v_path_ = nullptr, *weights_path_ = nullptr;
-  int32_t* path_ = nullptr;  // node of the path at each depth
+  int32_t* path_ = nullptr;    // node of the path at each depth
+  bool* nonfinite_ = nullptr;  // of the keys that are not shared: whether the value has NaN or infinity
+  float* saved_ = nullptr;
 };
 
 }  // namespace tranche::cpu::TRANCHE_ISA

@@ -28,7 +28,8 @@ inline void check_parents(const TensorChecks& check, const Tensor& parent, const
     for (int64_t i = 0; i < counts[b]; ++i) {
       const int64_t got = parents[b * nodes + i];
       check.index(i == 0 ? got == -1 : got >= 0 && got < i,
-                  concat("parent[", b, ", ", i, "] ", i == 0 ? std::string("== -1 (the root)") : concat("in [0, ", i, ")")),
+                  concat("parent[", b, ", ", i, "] ",
+                         i == 0 ? std::string("== -1 (the root)") : concat("in [0, ", i, ")")),
                   concat(got), "Number the nodes so that every parent comes before its children.");
     }
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 
 import torch
@@ -13,11 +14,18 @@ from tranche import _library
 
 
 def _build_rows() -> list[tuple[str, str]]:
-    rows = [("tranche", tranche.__version__), ("torch", torch.__version__), ("python", platform.python_version())]
+    rows = [
+        ("tranche", tranche.__version__),
+        ("torch", torch.__version__),
+        ("python", platform.python_version()),
+    ]
     try:
-        from tranche import _host
+        _host = importlib.import_module("tranche._host")
     except ImportError:
-        return [*rows, ("build", "unknown (tranche._host was built for another Python; the ops do not need it)")]
+        return [
+            *rows,
+            ("build", "unknown (tranche._host was built for another Python; the ops do not need it)"),
+        ]
     info = _host.build_info()
     return [
         *rows,
@@ -31,7 +39,12 @@ def _device_rows() -> list[tuple[str, str]]:
     rows = [("cpu", f"{torch.get_num_threads()} threads")]
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        rows.append((f"cuda:{index}", f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory >> 30} GiB"))
+        rows.append(
+            (
+                f"cuda:{index}",
+                f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory >> 30} GiB",
+            )
+        )
     if not torch.cuda.is_available():
         has_library = (_library.PACKAGE / "libtranche_cuda.so").exists()
         why = "torch is a CPU-only build" if torch.version.cuda is None else "no GPU was found"
@@ -68,7 +81,9 @@ def main() -> None:
     backends = ("cpu", "cuda", "sim")
     table = Table("op", *backends, title="Ops by backend, as the dispatcher has them", title_justify="left")
     for name, kernels in op_table().items():
-        table.add_row(f"torch.ops.tranche.{name}", *("yes" if kernels[backend] else "-" for backend in backends))
+        table.add_row(
+            f"torch.ops.tranche.{name}", *("yes" if kernels[backend] else "-" for backend in backends)
+        )
     console.print(table)
 
 

@@ -43,7 +43,9 @@ def limit_math(like: Tensor, kind: MathKind, iterations: int) -> Tensor:
         ValueError: an unknown kind, or no iterations.
     """
     if kind not in MATH_KINDS:
-        raise ValueError(f"tranche.limit_math: expected kind in {MATH_KINDS}, got {kind!r}. Name one of these.")
+        raise ValueError(
+            f"tranche.limit_math: expected kind in {MATH_KINDS}, got {kind!r}. Name one of these."
+        )
     return _library.ops().limit_math(like, MATH_KINDS.index(kind), iterations)
 
 

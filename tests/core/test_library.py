@@ -16,7 +16,11 @@ from tranche.__main__ import op_table
 
 def run_python(code: str, **environment: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
@@ -50,7 +54,10 @@ ATTENTION = """
 import hashlib, torch
 from tests.tree.cases import make_case
 from tranche import _host
-out = [make_case(1, dtype=d, nodes=20, lengths=(70, 300), head_dim=80) for d in (torch.float32, torch.float16, torch.bfloat16)]
+out = [
+    make_case(1, dtype=d, nodes=20, lengths=(70, 300), head_dim=80)
+    for d in (torch.float32, torch.float16, torch.bfloat16)
+]
 ok = all(float((c.run().double() - c.reference()).abs().max()) < 0.03 for c in out)
 print(_host.build_info()["isa"], ok)
 """

@@ -11,7 +11,9 @@ from torch import Tensor
 from tranche.tree import Tree, reference, tree_attention
 
 
-def random_parents(batch: int, nodes: int, kind: str = "random", generator: torch.Generator | None = None) -> Tensor:
+def random_parents(
+    batch: int, nodes: int, kind: str = "random", generator: torch.Generator | None = None
+) -> Tensor:
     """Parents int32 [batch, nodes] of trees of one kind: random, chain, star, binary or deep."""
     node = torch.arange(nodes)
     if kind == "chain":
@@ -45,13 +47,18 @@ class Case:
         return tree_attention(self.q, self.k, self.v, self.seqlens, self.tree, **self.options, **extra)
 
     def reference(self, **extra: Any) -> Any:
-        return reference.tree_attention(self.q, self.k, self.v, self.seqlens, self.tree, **self.options, **extra)
+        return reference.tree_attention(
+            self.q, self.k, self.v, self.seqlens, self.tree, **self.options, **extra
+        )
 
     def with_options(self, **options: Any) -> Case:
         return replace(self, options={**self.options, **options})
 
     def to(self, device: str) -> Case:
-        options = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in self.options.items()}
+        options = {
+            key: value.to(device) if isinstance(value, Tensor) else value
+            for key, value in self.options.items()
+        }
         tensors = (t.to(device) for t in (self.q, self.k, self.v, self.seqlens))
         return Case(*tensors, self.tree.to(device), options)
 
@@ -157,7 +164,9 @@ def assert_correct(case: Case) -> None:
             continue
         error = (got.double() - want)[finite].abs().max()
         yardstick = (plain_value.double() - want)[finite].abs().max()
-        assert error <= 2 * yardstick + unit * want[finite].abs().max(), (error, yardstick)
+        # the reference is fp64 itself, and no nearer to the truth than an fp64 kernel
+        roundings = 32 if got.dtype == torch.float64 else 1
+        assert error <= 2 * yardstick + roundings * unit * want[finite].abs().max(), (error, yardstick)
     padding = ~used_rows(case)
     assert (out[padding] == 0).all()
     assert torch.isneginf(lse[padding]).all()

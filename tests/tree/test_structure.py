@@ -30,7 +30,9 @@ def test_a_thousand_nodes(backend):
     for kind in ("random", "chain"):
         parents = random_parents(1, 1024, kind).to(backend.device)
         counts = as_counts(1024, device=backend.device)
-        for a, b in zip(tree_ancestors(parents, counts), reference.tree_ancestors(parents, counts), strict=True):
+        for a, b in zip(
+            tree_ancestors(parents, counts), reference.tree_ancestors(parents, counts), strict=True
+        ):
             assert torch.equal(a, b)
 
 
@@ -99,7 +101,9 @@ def test_a_parent_that_is_no_parent(backend, bad, monkeypatch):
     parents = torch.tensor([[-1, 0, 1, 2]], dtype=torch.int32, device=backend.device)
     parents[0, node] = parent
     if backend.name == "cpu":
-        with pytest.raises(IndexError, match=rf"expected parent\[0, {node}\].*got {parent}\. Number the nodes"):
+        with pytest.raises(
+            IndexError, match=rf"expected parent\[0, {node}\].*got {parent}\. Number the nodes"
+        ):
             Tree.from_parent(parents)
         return
     # elsewhere such a node hangs under the root, and the root stays the root
@@ -148,7 +152,9 @@ def test_choices_that_are_no_tree():
 
 def test_opcheck(backend):
     parents = random_parents(2, 70).to(backend.device)
-    torch.library.opcheck(backend.ops().tree_ancestors.default, (parents, as_counts(70, 3, device=backend.device)))
+    torch.library.opcheck(
+        backend.ops().tree_ancestors.default, (parents, as_counts(70, 3, device=backend.device))
+    )
 
 
 def test_compiles_in_one_graph(backend):
@@ -158,7 +164,9 @@ def test_compiles_in_one_graph(backend):
 
     parents = random_parents(2, 9).to(backend.device)
     lengths = as_counts(4, 5, device=backend.device)
-    for a, b in zip(torch.compile(step, fullgraph=True)(parents, lengths), step(parents, lengths), strict=True):
+    for a, b in zip(
+        torch.compile(step, fullgraph=True)(parents, lengths), step(parents, lengths), strict=True
+    ):
         assert torch.equal(a, b)
 
 

@@ -31,26 +31,40 @@ def test_any_ratio_of_heads(backend, heads, dtype):
 
 @pytest.mark.parametrize("nodes", [1, 2, 15, 16, 17, 33, 64, 65, 100])
 def test_node_counts(backend, nodes):
-    assert_correct(make_case(2, nodes=nodes, heads=(2, 1), dtype=torch.bfloat16, lengths=(40,), device=backend.device))
+    assert_correct(
+        make_case(2, nodes=nodes, heads=(2, 1), dtype=torch.bfloat16, lengths=(40,), device=backend.device)
+    )
 
 
 @pytest.mark.parametrize("kind", ["random", "chain", "star", "binary", "deep"])
 def test_364_nodes(backend, kind):
     heads, lengths = backend.pick(((4, 2), (500, 3)), ((1, 1), (30,)))
     assert_correct(
-        make_case(3, nodes=364, kind=kind, heads=heads, lengths=lengths, dtype=torch.bfloat16, device=backend.device)
+        make_case(
+            3, nodes=364, kind=kind, heads=heads, lengths=lengths, dtype=torch.bfloat16, device=backend.device
+        )
     )
 
 
 def test_1024_nodes(backend):
     heads, lengths = backend.pick(((2, 1), (100, 5)), ((1, 1), (5,)))
     assert_correct(
-        make_case(3, nodes=1024, kind="deep", heads=heads, lengths=lengths, dtype=torch.bfloat16, device=backend.device)
+        make_case(
+            3,
+            nodes=1024,
+            kind="deep",
+            heads=heads,
+            lengths=lengths,
+            dtype=torch.bfloat16,
+            device=backend.device,
+        )
     )
 
 
 # around MMA groups of 16 and 32, chunks of 256, and runs of chunks
-@pytest.mark.parametrize("length", [0, 1, 15, 16, 31, 32, 240, 249, 255, 256, 257, 511, 513, 2040, 2048, 2300])
+@pytest.mark.parametrize(
+    "length", [0, 1, 15, 16, 31, 32, 240, 249, 255, 256, 257, 511, 513, 2040, 2048, 2300]
+)
 def test_cache_lengths(backend, length):
     assert_correct(make_case(4, lengths=(length,), heads=(2, 1), dtype=torch.bfloat16, device=backend.device))
 
@@ -60,7 +74,9 @@ def test_cache_lengths(backend, length):
 @pytest.mark.parametrize("page_size", [None, 1, 3, 16, 64])
 def test_layouts_give_the_same_bits(backend, layout, page_size, dtype):
     plain = make_case(5, lengths=(90, 33), dtype=dtype, device=backend.device)
-    moved = make_case(5, lengths=(90, 33), dtype=dtype, layout=layout, page_size=page_size, device=backend.device)
+    moved = make_case(
+        5, lengths=(90, 33), dtype=dtype, layout=layout, page_size=page_size, device=backend.device
+    )
     assert_correct(moved)
     assert_same_bits(moved.run(), plain.run())
 
@@ -82,7 +98,9 @@ def test_unaligned_rows_give_the_same_bits(backend):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_ragged_batches(backend, dtype):
     assert_correct(
-        make_case(7, nodes=40, lengths=(0, 5, 300, 41), n_nodes=(40, 0, 1, 33), dtype=dtype, device=backend.device)
+        make_case(
+            7, nodes=40, lengths=(0, 5, 300, 41), n_nodes=(40, 0, 1, 33), dtype=dtype, device=backend.device
+        )
     )
 
 
@@ -128,7 +146,9 @@ def test_visibility_is_exact(backend, dtype, exact):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_integers_are_exact(backend, dtype):
     """Each row sees one far largest score, so the result is that slot's value, exactly."""
-    case = make_case(10, nodes=20, lengths=(70, 300), dtype=dtype, integers=True, poison=False, device=backend.device)
+    case = make_case(
+        10, nodes=20, lengths=(70, 300), dtype=dtype, integers=True, poison=False, device=backend.device
+    )
     case.q.fill_(0)
     case.q[..., 0] = 1
     case.k.fill_(0)
@@ -152,7 +172,9 @@ def test_non_finite_slots_reach_only_the_rows_that_see_them(backend, special, dt
             assert_same_bits(out[~sees], want[~sees])
             touched = out[sees]
             if name == "v":
-                assert torch.equal(touched, torch.full_like(touched, special)) or (special != special and touched.isnan().all())
+                assert torch.equal(touched, torch.full_like(touched, special)) or (
+                    special != special and touched.isnan().all()
+                )
             else:
                 assert not touched.isfinite().all() or special == special
 
@@ -180,13 +202,17 @@ KEYWORDS = {
 def test_keywords_alone_and_together(backend, count, dtype):
     for names in itertools.combinations(KEYWORDS, count):
         options = {name: KEYWORDS[name] for name in names}
-        assert_correct(make_case(13, nodes=12, lengths=(40, 3), dtype=dtype, device="cpu", **options).to(backend.device))
+        assert_correct(
+            make_case(13, nodes=12, lengths=(40, 3), dtype=dtype, device="cpu", **options).to(backend.device)
+        )
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 64, 280, 10**6])
 @pytest.mark.parametrize("exact", [False, True])
 def test_window_counts_depth(backend, window, exact):
-    case = make_case(14, nodes=30, kind="deep", lengths=(290, 4), heads=(2, 1), window=window, device=backend.device)
+    case = make_case(
+        14, nodes=30, kind="deep", lengths=(290, 4), heads=(2, 1), window=window, device=backend.device
+    )
     assert_correct(case.with_options(exact=exact))
 
 
@@ -213,7 +239,15 @@ def test_pages_shared_by_two_sequences(backend):
 
 def test_opcheck(backend):
     case = make_case(18, lengths=(30, 3), page_size=16, device=backend.device)
-    arguments = (case.q, case.k, case.v, case.seqlens, case.tree.ancestors, case.tree.depth, case.tree.n_nodes)
+    arguments = (
+        case.q,
+        case.k,
+        case.v,
+        case.seqlens,
+        case.tree.ancestors,
+        case.tree.depth,
+        case.tree.n_nodes,
+    )
     op = backend.ops().tree_attention.default
     torch.library.opcheck(op, arguments, {"block_table": case.options["block_table"], "return_lse": True})
     torch.library.opcheck(op, arguments, {"block_table": case.options["block_table"], "window": 4})

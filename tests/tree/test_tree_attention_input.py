@@ -20,7 +20,10 @@ def case(backend):
 
 def test_dtypes(backend, case):
     case.q = case.q.int()
-    expect(case, r"tranche\.tree_attention: expected q of dtype Float or Half or BFloat16.*got Int\. Convert it with")
+    expect(
+        case,
+        r"tranche\.tree_attention: expected q of dtype Float or Half or BFloat16.*got Int\. Convert it with",
+    )
     case.q = case.q.to(torch.bfloat16)
     expect(case, "expected k_cache of dtype BFloat16 or Float8_e4m3fn, got Float")
     case.k = case.k.to(torch.bfloat16)

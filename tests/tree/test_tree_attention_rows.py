@@ -26,8 +26,20 @@ def truncated(case, nodes):
 
 def sequence(case, b):
     """One sequence of the batch alone."""
-    tree = Tree(*(t[b : b + 1].contiguous() for t in (case.tree.parent, case.tree.n_nodes, case.tree.depth, case.tree.ancestors)))
-    return replace(case, q=case.q[b : b + 1], k=case.k[b : b + 1], v=case.v[b : b + 1], seqlens=case.seqlens[b : b + 1], tree=tree)
+    tree = Tree(
+        *(
+            t[b : b + 1].contiguous()
+            for t in (case.tree.parent, case.tree.n_nodes, case.tree.depth, case.tree.ancestors)
+        )
+    )
+    return replace(
+        case,
+        q=case.q[b : b + 1],
+        k=case.k[b : b + 1],
+        v=case.v[b : b + 1],
+        seqlens=case.seqlens[b : b + 1],
+        tree=tree,
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -46,7 +58,9 @@ def test_truncating_the_tree_after_the_row(backend, dtype, exact):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("exact", [False, True])
 def test_alone_and_in_a_batch(backend, dtype, exact):
-    case = make_case(21, nodes=20, lengths=(300, 0, 77), n_nodes=(20, 5, 19), dtype=dtype, device=backend.device)
+    case = make_case(
+        21, nodes=20, lengths=(300, 0, 77), n_nodes=(20, 5, 19), dtype=dtype, device=backend.device
+    )
     case.options["exact"] = exact
     out = case.run()
     for b in range(3):
@@ -62,7 +76,9 @@ def test_other_rows_other_heads_spare_slots(backend, dtype):
     roomy.k, roomy.v = torch.cat([case.k, more], 1), torch.cat([case.v, more], 1)
     assert_same_bits(roomy.run(), want)
     for g in range(2):
-        one = replace(case, q=case.q[:, :, 4 * g : 4 * g + 4], k=case.k[:, :, g : g + 1], v=case.v[:, :, g : g + 1])
+        one = replace(
+            case, q=case.q[:, :, 4 * g : 4 * g + 4], k=case.k[:, :, g : g + 1], v=case.v[:, :, g : g + 1]
+        )
         assert_same_bits(one.run(), want[:, :, 4 * g : 4 * g + 4])
         first = replace(one, q=one.q[:, :, :1])
         assert_same_bits(first.run(), want[:, :, 4 * g : 4 * g + 1])
@@ -120,7 +136,14 @@ def test_exact_rows_equal_plain_decoding(backend, dtype, kind):
     for seed, length in enumerate(backend.pick((0, 5, 31, 250, 255, 500, 2040), (5, 250))):
         nodes = backend.pick(40, 24)
         case = make_case(
-            seed, nodes=nodes, kind=kind, lengths=(length,), heads=(2, 1), dtype=dtype, exact=True, device=backend.device
+            seed,
+            nodes=nodes,
+            kind=kind,
+            lengths=(length,),
+            heads=(2, 1),
+            dtype=dtype,
+            exact=True,
+            device=backend.device,
         )
         rows = [(0, node) for node in range(0, nodes, backend.pick(1, 5))]
         assert count_differences(case, rows) == 0
@@ -142,7 +165,14 @@ def test_ten_thousand_exact_rows(backend, dtype):
         length = int(torch.randint(0, backend.pick(2500, 300), (), generator=generator))
         kind = ("random", "deep", "binary")[seed % 3]
         case = make_case(
-            seed, nodes=64, kind=kind, lengths=(length,), heads=(2, 1), dtype=dtype, exact=True, device=backend.device
+            seed,
+            nodes=64,
+            kind=kind,
+            lengths=(length,),
+            heads=(2, 1),
+            dtype=dtype,
+            exact=True,
+            device=backend.device,
         )
         assert count_differences(case, [(0, node) for node in range(64)]) == 0
         rows_left -= 64

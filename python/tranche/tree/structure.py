@@ -66,7 +66,9 @@ class Tree:
         paths = sorted((tuple(path) for path in choices), key=lambda path: (len(path), path))
         index = {(): 0} | {path: i for i, path in enumerate(paths, start=1)}
         if len(index) != len(paths) + 1:
-            raise ValueError("tranche.Tree.from_choices: expected distinct, non-empty paths. Remove the repeated ones.")
+            raise ValueError(
+                "tranche.Tree.from_choices: expected distinct, non-empty paths. Remove the repeated ones."
+            )
         for path in paths:
             if path[:-1] not in index:
                 raise ValueError(

@@ -144,7 +144,9 @@ def tranche_tree(
 AttentionInterface.register("tranche_tree", tranche_tree)
 
 
-def evaluate(model: PreTrainedModel, cache: TreeCache, tokens: Tensor, tree: Tree, *, exact: bool = False) -> Tensor:
+def evaluate(
+    model: PreTrainedModel, cache: TreeCache, tokens: Tensor, tree: Tree, *, exact: bool = False
+) -> Tensor:
     """Logits of every node of the trees, in one pass.
 
     Args:
@@ -168,7 +170,9 @@ def evaluate(model: PreTrainedModel, cache: TreeCache, tokens: Tensor, tree: Tre
     ).logits
 
 
-def prefill(model: PreTrainedModel, cache: TreeCache, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+def prefill(
+    model: PreTrainedModel, cache: TreeCache, tokens: Tensor, lengths: Tensor | None = None
+) -> Tensor:
     """Commit prompts, in chained chunks; returns the logits [B, V] after each prompt's last token.
 
     Args:
@@ -191,5 +195,7 @@ def prefill(model: PreTrainedModel, cache: TreeCache, tokens: Tensor, lengths: T
         last = ends if last is None else torch.where((counts > 0)[:, None], ends, last)
         cache.seqlens += counts
     if last is None:
-        raise ValueError("tranche.tree.transformers.prefill: expected prompts of at least one token, got none.")
+        raise ValueError(
+            "tranche.tree.transformers.prefill: expected prompts of at least one token, got none."
+        )
     return last
