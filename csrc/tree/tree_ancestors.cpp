@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor> tree_ancestors(const Tensor& parent, const Tensor& n_
   params.batch = int32_t(batch);
   params.nodes = int32_t(nodes);
   params.words = int32_t(words);
-  RUN_KERNEL(tree_ancestors, params, parent);
+  RUN_KERNEL(tree_ancestors, params, parent, n_nodes, ancestors, depth);
   return {ancestors, depth};
 }
 

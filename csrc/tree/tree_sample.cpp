@@ -59,7 +59,9 @@ TreeSampleParams sampling_params(const SamplingTensors& s, const Tensor& logits,
   return p;
 }
 
-void run(TreeSampleParams& params, const Tensor& logits) {
+// `others` are the tensors that the kernel touches beside logits.
+template <class... Tensors>
+void run(TreeSampleParams& params, const Tensor& logits, const SamplingTensors& s, const Tensors&... others) {
   const TreeSampleSpace space = KERNEL(tree_sample_space)(params);
   const std::vector<int64_t> zeroed_size = {space.zeroed};
   const Tensor zeroed = torch::stable::new_zeros(
@@ -67,7 +69,8 @@ void run(TreeSampleParams& params, const Tensor& logits) {
   const Tensor scratch = empty_on(logits, {space.scratch}, ScalarType::Byte);
   params.zeroed = zeroed.mutable_data_ptr();
   params.scratch = scratch.mutable_data_ptr();
-  RUN_KERNEL(tree_sample, params, logits);
+  RUN_KERNEL(tree_sample, params, logits, s.temperature, s.top_k, s.top_p, s.seed, s.position, zeroed, scratch,
+             others...);
 }
 
 Tensor tree_sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
@@ -81,7 +84,7 @@ Tensor tree_sample(const Tensor& logits, const Tensor& temperature, const Tensor
   Tensor next_token = empty_on(logits, {logits.size(0)}, ScalarType::Long);
   if (logits.size(0) == 0) return next_token;
   TreeSampleParams params = sampling_params(sampling, logits, next_token);
-  run(params, logits);
+  run(params, logits, sampling, next_token);
   return next_token;
 }
 
@@ -108,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> tree_verify_sample(const Tensor& tokens, cons
   params.n_nodes = data<int32_t>(n_nodes);
   params.path = mutable_data<int32_t>(path);
   params.length = mutable_data<int32_t>(length);
-  run(params, logits);
+  run(params, logits, sampling, tokens, parent, n_nodes, path, length, next_token);
   return {path, length, next_token};
 }
 

@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor> tree_verify_greedy(const Tensor& tokens, cons
   params.next_token = mutable_data<int64_t>(next_token);
   params.batch = int32_t(batch);
   params.nodes = int32_t(nodes);
-  RUN_KERNEL(tree_verify_greedy, params, target);
+  RUN_KERNEL(tree_verify_greedy, params, target, tokens, parent, n_nodes, path, length, next_token);
   return {path, length, next_token};
 }
 

@@ -53,7 +53,8 @@ std::tuple<Tensor, Tensor, Tensor> tree_verify_typical(const Tensor& tokens, con
   params.delta = float(delta);
   params.factor = float(kLog2E / temperature);
   params.type = dtype_of_tensor(logits);
-  RUN_KERNEL(tree_verify_typical, params, logits);
+  RUN_KERNEL(tree_verify_typical, params, logits, tokens, parent, n_nodes, path, length, next_token, edge, largest,
+             arrived);
   return {path, length, next_token};
 }
 
