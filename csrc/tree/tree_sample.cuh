@@ -142,9 +142,12 @@ __device__ void sample_bins(const SampleRow<T>& row, const SampleBlock& block, i
 template <class T>
 __device__ void sample_sum(const SampleRow<T>& row, const SampleBlock& block, int first_tile, int tile_step) {
   constexpr int kTile = TreeSampleTraits::kTile, kThreads = TreeSampleTraits::kThreads;
+  SHARED(uint32_t, found, 1);  // candidates of the tile, then where they go
   const int divided = int(row.state->divided);
   for (int tile = first_tile; tile < row.tiles; tile += tile_step) {
-    uint64_t sum = 0;
+    uint64_t sum = 0, first_not = 0, last = 0;
+    uint32_t mine = 0;  // a bit per token of this thread that is a candidate
+    if (block.thread == 0) found[0] = 0;
 #pragma unroll
     for (int i = 0; i < kTile / kThreads; ++i) {
       const int token = tile * kTile + i * kThreads + block.thread;
@@ -155,13 +158,28 @@ __device__ void sample_sum(const SampleRow<T>& row, const SampleBlock& block, in
       if (bin < divided) sum += weight_of(y);
       if (bin == divided) {
         const uint64_t place = rank(x, uint32_t(token));
-        row.candidates[atomicAdd(&row.state->candidates, 1u)] = uint32_t(token);
-        atomicMax(&row.state->first_rank_not, ~place);
-        atomicMax(&row.state->last_rank, place);
+        first_not = ~place > first_not ? ~place : first_not;
+        last = place > last ? place : last;
+        mine |= 1u << i;
       }
     }
     sum = block.sum(sum);
     if (block.thread == 0) row.tile_weight[tile] = sum;
+    if (__syncthreads_or(mine != 0) == 0) continue;
+    uint32_t slot = mine == 0 ? 0 : atomicAdd(&found[0], uint32_t(__popc(mine)));
+    first_not = block.max(first_not);
+    last = block.max(last);
+    if (block.thread == 0) {
+      found[0] = atomicAdd(&row.state->candidates, found[0]);
+      atomicMax(&row.state->first_rank_not, first_not);
+      atomicMax(&row.state->last_rank, last);
+    }
+    __syncthreads();
+    slot += found[0];
+    for (int i = 0; i < kTile / kThreads; ++i) {
+      if (mine >> i & 1u) row.candidates[slot++] = uint32_t(tile * kTile + i * kThreads + block.thread);
+    }
+    __syncthreads();  // before the next tile counts from 0
   }
 }
 
