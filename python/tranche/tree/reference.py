@@ -5,7 +5,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tranche.tree.reference_verify import (
+    draw,
+    philox,
+    probabilities,
+    sample,
+    uniform,
+    verify_greedy,
+    verify_sample,
+    verify_typical,
+    walk_law,
+)
 from tranche.tree.structure import Tree
+
+__all__ = [
+    "draw",
+    "gather_slots",
+    "philox",
+    "probabilities",
+    "sample",
+    "tree_ancestors",
+    "tree_attention",
+    "uniform",
+    "verify_greedy",
+    "verify_sample",
+    "verify_typical",
+    "visible_slots",
+    "walk_law",
+]
 
 
 def tree_ancestors(parent: Tensor, n_nodes: Tensor) -> tuple[Tensor, Tensor]:
