@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import tree_growth
+from benchmarks import tree_growth, tree_verify
 from benchmarks.harness import Row, Workload
 from tranche.tree import Tree, reference, tree_attention
 
@@ -184,4 +184,4 @@ def rows(device: str) -> list[Row]:
         table.append(attention_row(LLAMA_8B, nodes, 2048, "bf16", device, quick=nodes == 1))
     table.append(attention_row(LLAMA_8B, 60, 2048, "fp16", device))
     table.append(attention_row(LLAMA_8B, 60, 2048, "bf16", device, batch=8))
-    return table + tree_growth.rows(device)
+    return table + tree_growth.rows(device) + tree_verify.rows(device)

@@ -23,7 +23,7 @@ def with_published(calls: dict[str, Callable], published: Callable, device: str)
     return calls | ({"published": published} if device == "cpu" else {})
 
 
-# ---- expand_beam ------------------------------------------------------------------
+# ---- expand_beam ----------------------------------------
 
 
 def torch_expand(logprobs: Tensor, beam_scores: Tensor, k: int) -> Tensor:
@@ -81,7 +81,7 @@ def expand_row(batch: int, beams: int, vocab: int, dtype: str, device: str, *, q
     )
 
 
-# ---- select_tree ------------------------------------------------------------------
+# ---- select_tree ----------------------------------------
 
 
 def random_pool(batch: int, k: int, depth: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -176,7 +176,7 @@ def select_row(batch: int, nodes: int, device: str, *, quick: bool = False) -> R
     )
 
 
-# ---- compact_cache_ ------------------------------------------------------------------
+# ---- compact_cache_ ----------------------------------------
 
 
 def torch_compact(caches: list[Tensor], accepted: Accepted, seqlens: Tensor) -> None:

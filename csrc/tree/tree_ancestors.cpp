@@ -7,22 +7,6 @@
 namespace tranche {
 namespace {
 
-void check_parents(const TensorChecks& check, const Tensor& parent, const Tensor& n_nodes) {
-  const HostValues<int32_t> parents(parent), counts(n_nodes);
-  const int64_t batch = parent.size(0), nodes = parent.size(1);
-  check_n_nodes(check, counts, batch, nodes);
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t i = 0; i < counts[b]; ++i) {
-      const int64_t got = parents[b * nodes + i];
-      if (i == 0 ? got == -1 : got >= 0 && got < i) continue;
-      check.index(false,
-                  concat("parent[", b, ", ", i, "] ",
-                         i == 0 ? std::string("== -1 (the root)") : concat("in [0, ", i, ")")),
-                  concat(got), "Number the nodes so that every parent comes before its children.");
-    }
-  }
-}
-
 std::tuple<Tensor, Tensor> tree_ancestors(const Tensor& parent, const Tensor& n_nodes) {
   const TensorChecks check("tree_ancestors");
   check.dim("parent", parent, 2, "[B, N]");

@@ -7,8 +7,8 @@
 //
 // Types. A bf16 number is one part, fp16 is exactly the sum of two bf16 parts and fp32 of three; products of
 // parts below the type's own rounding are left out. e4m3 is one part. Weights are rounded to as many parts as
-// the query has. An infinite (or, in fp32, above 3.39e38) key or value that a row sees gives it NaN in fp16
-// and fp32, where parts cancel.
+// the query has. An infinite key (in fp32: above 3.39e38) that a row sees gives it NaN in fp16 and fp32,
+// where parts cancel.
 //
 // Order. One tile product takes 32 keys: the hardware sums keys 0-15 and keys 16-31 (the even and odd
 // elements) in one chain of FMAs each and adds their sum to the output. Positions of a group of 32 that lies
@@ -101,7 +101,7 @@ class AmxKernel {
     weights_path_ = arena.take<char>(kQ * kTileBytes);
     path_ = arena.take<int32_t>(p_.nodes);
     nonfinite_ = arena.take<bool>(keys_);
-    saved_ = arena.take<float>(int64_t(dim_) * kLanes);
+    finite_ = arena.take<KV>(int64_t(kGroup) * p_.head_dim);
   }
 
   void begin(const Block& block) {
@@ -147,12 +147,13 @@ class AmxKernel {
 
     int groups = chunk.prefix / kGroup;  // shared by all rows
     const int rows = chunk.padded + chunk.nodes;
-    bool hidden_nonfinite = false;
-    for (int x = chunk.uniform ? groups * kGroup : 0; x < rows; ++x) {
+    bool special = false;
+    const bool scan_all = kK > 1 || !chunk.uniform;
+    for (int x = scan_all ? 0 : groups * kGroup; x < rows; ++x) {
       nonfinite_[x] = chunk.v_row[x] && row_nonfinite(chunk.v_row[x], p_.head_dim, dtype_of<KV>::value);
-      hidden_nonfinite |= nonfinite_[x];
+      special |= nonfinite_[x] && x < chunk.prefix;
     }
-    if (!chunk.uniform && hidden_nonfinite) groups = 0;
+    if (scan_all && special) groups = 0;
     for (int i = 0; i < groups; ++i) {
       pack_values(chunk.v_row + i * kGroup, v_ + i * kKBytes, kChunkGroups * kKBytes);
       prefetch.work(kPackValues * per_part);
@@ -274,7 +275,13 @@ class AmxKernel {
     }
     const char* q = q_ + int64_t(tile / 2) * dim_blocks_ * kQBytes;
     const char* key = k_ + int64_t(k / 2) * dim_blocks_ * kKBytes;
-    for (int db = 0; db < dim_blocks_; ++db, q += kQBytes, key += kKBytes) products<kTwo>(key, q);
+    // Small products first: added while the sum is small, they cost no rounding of the sum.
+    if constexpr (kQ > 1) {
+      for (int db = 0; db < dim_blocks_; ++db) products<kTwo, kSmall>(key + db * kKBytes, q + db * kQBytes);
+      for (int db = 0; db < dim_blocks_; ++db) products<kTwo, kLeading>(key + db * kKBytes, q + db * kQBytes);
+    } else {
+      for (int db = 0; db < dim_blocks_; ++db) products<kTwo, kAll>(key + db * kKBytes, q + db * kQBytes);
+    }
     float *to = scores_ + k * 16 * kLanes, *next = to + int64_t(keys_) * kLanes;
     TRANCHE_TILE_STORE(0, to, 64);
     TRANCHE_TILE_STORE(2, to + 16 * kLanes, 64);
@@ -294,7 +301,7 @@ class AmxKernel {
     if (second) TRANCHE_TILE_LOAD(2, out0 + 16 * kLanes, 64);
     if (kTwo && second) TRANCHE_TILE_LOAD(3, out1 + 16 * kLanes, 64);
     const char *value = v_ + d / 2 * kChunkGroups * kKBytes, *weight = weights_;
-    for (int g = 0; g < groups; ++g, value += kKBytes, weight += kQBytes) products<kTwo>(value, weight);
+    for (int g = 0; g < groups; ++g, value += kKBytes, weight += kQBytes) products<kTwo, kAll>(value, weight);
     TRANCHE_TILE_STORE(0, out0, 64);
     if (kTwo) TRANCHE_TILE_STORE(1, out1, 64);
     if (second) TRANCHE_TILE_STORE(2, out0 + 16 * kLanes, 64);
@@ -304,17 +311,18 @@ class AmxKernel {
   // Results 0 and 2 += the pair of tiles at `shared` times the first tile at `rows`; 1 and 3 with the second.
   // The next pair is asked for meanwhile: tile loads do not run far enough ahead to hide the second-level
   // cache.
-  template <bool kTwo>
+  enum Products { kAll, kLeading, kSmall };  // of parts: all, that of the first parts, the others
+  template <bool kTwo, Products kWhich>
   TRANCHE_INLINE void products(const char* shared, const char* rows) {
 #pragma GCC unroll 3
-    for (int j = 0; j < kK; ++j) {
+    for (int j = 0; j < (kWhich == kLeading ? 1 : kK); ++j) {
       const char* pair = shared + j * 2 * kTileBytes;
       TRANCHE_TILE_LOAD(4, pair, 64);
       TRANCHE_TILE_LOAD(7, pair + kTileBytes, 64);
 #pragma GCC unroll 32
       for (int i = 0; i < 32; ++i) __builtin_prefetch(pair + kKBytes + i * 64, 0, 3);
 #pragma GCC unroll 3
-      for (int i = 0; i + j < kQ; ++i) {
+      for (int i = (kWhich == kSmall && j == 0) ? 1 : 0; i < (kWhich == kLeading ? 1 : kQ - j); ++i) {
         const char* row = rows + i * 2 * kTileBytes;
         TRANCHE_TILE_LOAD(5, row, 64);
         TRANCHE_TILE_DOT_BF16(0, 4, 5);
@@ -437,14 +445,37 @@ class AmxKernel {
           guard |= at >= 0 && nonfinite_[at];
         }
         if (!any) continue;
-        // The other nodes' weights are 0, but 0 times infinity is not: keep their lanes.
-        if (guard) memcpy(saved_, out, sizeof(float) * size_t(dim_) * kLanes);
+        // Infinity or NaN would reach the other nodes, whose weights are 0, and an infinity's parts cancel:
+        // such elements are taken out of the product and added on their own.
+        const char* stored[kGroup];
+        for (int x = 0; guard && x < kGroup; ++x) {
+          stored[x] = v_row[x];
+          if (weight_row[x] >= 0 && nonfinite_[weight_row[x]]) v_row[x] = finite_copy(v_row[x], x);
+        }
         own_group(v_row, weight_row, lanes, weights, out);
-        for (int d = 0; guard && d < dim_; ++d) {
-          vstore(out + d * kLanes, vselect(lanes, vload(out + d * kLanes), vload(saved_ + d * kLanes)));
+        for (int x = 0; guard && x < kGroup; ++x) {
+          if (v_row[x] == stored[x]) continue;
+          const Vec weight = vload(weights + weight_row[x] * kLanes);
+          for (int d = 0; d < p_.head_dim; ++d) {
+            const float value = to_float(reinterpret_cast<const KV*>(stored[x])[d]);
+            if (value - value == 0.0f) continue;
+            const Vec o = vload(out + d * kLanes);
+            vstore(out + d * kLanes, vselect(lanes, vfma(weight, vset(value), o), o));
+          }
         }
       }
     }
+  }
+
+  // The row with 0 in place of what is not finite.
+  const char* finite_copy(const char* row, int x) const {
+    KV* copy = finite_ + int64_t(x) * p_.head_dim;
+    for (int d = 0; d < p_.head_dim; ++d) {
+      const KV element = reinterpret_cast<const KV*>(row)[d];
+      const float value = to_float(element);
+      copy[d] = value - value == 0.0f ? element : KV{};
+    }
+    return reinterpret_cast<const char*>(copy);
   }
 
   void own_group(const char* const* v_row, const int* weight_row, Mask lanes, const float* weights,
@@ -489,7 +520,7 @@ class AmxKernel {
   char *v_path_ = nullptr, *weights_path_ = nullptr;
   int32_t* path_ = nullptr;    // node of the path at each depth
   bool* nonfinite_ = nullptr;  // of the keys that are not shared: whether the value has NaN or infinity
-  float* saved_ = nullptr;
+  KV* finite_ = nullptr;       // rows without what is not finite
 };
 
 }  // namespace tranche::cpu::TRANCHE_ISA

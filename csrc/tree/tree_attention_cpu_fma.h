@@ -22,39 +22,46 @@ TRANCHE_INLINE int64_t vec_offset(int v, int64_t tile_stride) {
   return v / kVecsPerTile * tile_stride + v % kVecsPerTile * kWidth;
 }
 
-// scores[v][key] = <q[v], k[key]> for kBlockKeys keys and kVecs vectors of rows from `first` on.
+// scores[v][key] = <q[v], k[key]> for kBlockKeys keys and kVecs vectors of rows from `first` on. Chains of
+// kChain products, added in order: one chain over a long head would round twice as badly as torch's.
 template <int kVecs>
 TRANCHE_INLINE void score_block(const float* q, int64_t q_tile, const float* k, int dim, float* scores,
                                 int64_t score_tile, int first) {
-  Vec acc[kBlockKeys][kVecs];
+  constexpr int kChain = 64;
   const float* qv[kVecs];
 #pragma GCC unroll 3
-  for (int v = 0; v < kVecs; ++v) {
-    qv[v] = q + vec_offset(first + v, q_tile);
-#pragma GCC unroll 8
-    for (int x = 0; x < kBlockKeys; ++x) acc[x][v] = vset(0.0f);
-  }
-  for (int d = 0; d < dim; ++d) {
-    Vec query[kVecs];
+  for (int v = 0; v < kVecs; ++v) qv[v] = q + vec_offset(first + v, q_tile);
+  for (int begin = 0; begin < dim; begin += kChain) {
+    Vec acc[kBlockKeys][kVecs];
 #pragma GCC unroll 3
-    for (int v = 0; v < kVecs; ++v) query[v] = vload(qv[v] + d * kLanes);
+    for (int v = 0; v < kVecs; ++v) {
 #pragma GCC unroll 8
-    for (int x = 0; x < kBlockKeys; ++x) {
-      const Vec key = vset(k[x * dim + d]);
-#pragma GCC unroll 3
-      for (int v = 0; v < kVecs; ++v) acc[x][v] = vfma(key, query[v], acc[x][v]);
+      for (int x = 0; x < kBlockKeys; ++x) acc[x][v] = vset(0.0f);
     }
-  }
+    for (int d = begin; d < least(begin + kChain, dim); ++d) {
+      Vec query[kVecs];
 #pragma GCC unroll 3
-  for (int v = 0; v < kVecs; ++v) {
-    float* s = scores + vec_offset(first + v, score_tile);
+      for (int v = 0; v < kVecs; ++v) query[v] = vload(qv[v] + d * kLanes);
 #pragma GCC unroll 8
-    for (int x = 0; x < kBlockKeys; ++x) vstore(s + x * kLanes, acc[x][v]);
+      for (int x = 0; x < kBlockKeys; ++x) {
+        const Vec key = vset(k[x * dim + d]);
+#pragma GCC unroll 3
+        for (int v = 0; v < kVecs; ++v) acc[x][v] = vfma(key, query[v], acc[x][v]);
+      }
+    }
+#pragma GCC unroll 3
+    for (int v = 0; v < kVecs; ++v) {
+      float* s = scores + vec_offset(first + v, score_tile);
+#pragma GCC unroll 8
+      for (int x = 0; x < kBlockKeys; ++x) {
+        vstore(s + x * kLanes, begin == 0 ? acc[x][v] : vadd(vload(s + x * kLanes), acc[x][v]));
+      }
+    }
   }
 }
 
-// out[v][d] += sum over keys of p[v][key] * v[key][d], one chain of FMAs per element, for kBlockKeys columns
-// d.
+// out[v][d] += sum over keys of p[v][key] * v[key][d], one chain of FMAs per element and chunk, for
+// kBlockKeys columns d.
 template <int kVecs>
 TRANCHE_INLINE void value_block(const float* p, int64_t p_tile, const float* v, int dim, int keys, float* out,
                                 int64_t out_tile, int first) {
@@ -63,9 +70,8 @@ TRANCHE_INLINE void value_block(const float* p, int64_t p_tile, const float* v, 
 #pragma GCC unroll 3
   for (int i = 0; i < kVecs; ++i) {
     weight[i] = p + vec_offset(first + i, p_tile);
-    const float* o = out + vec_offset(first + i, out_tile);
 #pragma GCC unroll 8
-    for (int d = 0; d < kBlockKeys; ++d) acc[d][i] = vload(o + d * kLanes);
+    for (int d = 0; d < kBlockKeys; ++d) acc[d][i] = vset(0.0f);
   }
   for (int x = 0; x < keys; ++x) {
     Vec w[kVecs];
@@ -83,7 +89,7 @@ TRANCHE_INLINE void value_block(const float* p, int64_t p_tile, const float* v, 
   for (int i = 0; i < kVecs; ++i) {
     float* o = out + vec_offset(first + i, out_tile);
 #pragma GCC unroll 8
-    for (int d = 0; d < kBlockKeys; ++d) vstore(o + d * kLanes, acc[d][i]);
+    for (int d = 0; d < kBlockKeys; ++d) vstore(o + d * kLanes, vadd(vload(o + d * kLanes), acc[d][i]));
   }
 }
 
@@ -91,12 +97,13 @@ TRANCHE_INLINE void value_block(const float* p, int64_t p_tile, const float* v, 
 static void value_block_masked(const float* p, const float* v, int dim, int keys, float* out) {
   for (int lane = 0; lane < kLanes; lane += kWidth) {
     for (int d = 0; d < dim; ++d) {
-      Vec acc = vload(out + d * kLanes + lane);
+      Vec acc = vset(0.0f);
       for (int x = 0; x < keys; ++x) {
         const Vec w = vload(p + x * kLanes + lane);
         acc = vselect(mask_positive(w), vfma(w, vset(v[int64_t(x) * dim + d]), acc), acc);
       }
-      vstore(out + d * kLanes + lane, acc);
+      float* o = out + d * kLanes + lane;
+      vstore(o, vadd(vload(o), acc));
     }
   }
 }

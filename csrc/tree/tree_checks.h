@@ -19,4 +19,32 @@ inline void check_n_nodes(const TensorChecks& check, const HostValues<int32_t>& 
   }
 }
 
+// Every node in use hangs under an earlier one, and node 0 is the root, where the backend reads values.
+inline void check_parents(const TensorChecks& check, const Tensor& parent, const Tensor& n_nodes) {
+  const HostValues<int32_t> parents(parent), counts(n_nodes);
+  const int64_t batch = parent.size(0), nodes = parent.size(1);
+  check_n_nodes(check, counts, batch, nodes);
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t i = 0; i < counts[b]; ++i) {
+      const int64_t got = parents[b * nodes + i];
+      if (i == 0 ? got == -1 : got >= 0 && got < i) continue;
+      check.index(false,
+                  concat("parent[", b, ", ", i, "] ",
+                         i == 0 ? std::string("== -1 (the root)") : concat("in [0, ", i, ")")),
+                  concat(got), "Number the nodes so that every parent comes before its children.");
+    }
+  }
+}
+
+// The tensors of a walk down the tree: tokens, parent [B, N] and n_nodes [B], for B and N of `other`.
+inline void check_walk(const TensorChecks& check, const Tensor& tokens, const Tensor& parent,
+                       const Tensor& n_nodes, const char* other_name, const Tensor& other) {
+  const int64_t batch = other.size(0), nodes = other.size(1);
+  check_node_count(check, nodes);
+  check.exactly("tokens", tokens, ScalarType::Long, {batch, nodes}, "[B, N]", other_name, other);
+  check.exactly("parent", parent, ScalarType::Int, {batch, nodes}, "[B, N]", other_name, other);
+  check.exactly("n_nodes", n_nodes, ScalarType::Int, {batch}, "[B]", other_name, other);
+  if (checks_values()) check_parents(check, parent, n_nodes);
+}
+
 }  // namespace tranche

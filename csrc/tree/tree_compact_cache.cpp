@@ -54,9 +54,10 @@ void check_paths(const TensorChecks& check, const Tensor& path, const Tensor& le
   const SlotValues values(check, cache_seqlens, slots, block_table);
   const int64_t nodes = path.size(1);
   for (int64_t b = 0; b < path.size(0); ++b) {
-    check.in_range("length", b, lengths[b], -1, nodes - 1, "It counts the accepted nodes after the root.");
+    check.in_range("length", b, lengths[b], 0, nodes - 1, "It counts the accepted nodes after the root.");
+    const bool nothing = paths[b * nodes] == -1 && lengths[b] == 0;
     int64_t last = -1;
-    for (int64_t j = 0; j <= lengths[b]; ++j) {
+    for (int64_t j = 0; !nothing && j <= lengths[b]; ++j) {
       const int64_t before = last;
       last = paths[b * nodes + j];
       const bool ascends = j == 0 ? last == 0 : last > before && last < nodes;

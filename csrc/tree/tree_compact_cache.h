@@ -20,9 +20,12 @@ struct CompactLayout {
 // + j, for j = 1..length[b]; then cache_seqlens[b] += length[b] + 1. Paths ascend, so path[b, j] >= j and
 // moving in ascending order of j never overwrites a row that is still to be read.
 //
-// What the cpu backend refuses: length is clamped to [-1, N - 1] and so that no slot past the capacity is
-// written; an entry of path outside [j, N), or past the capacity, leaves slot j as it is. A cache_seqlens
-// outside [0, capacity] moves nothing out of bounds and is left with an unspecified value.
+// Where path[b, 0] is -1 nothing was accepted, not even the root: such a sequence is left alone.
+//
+// What the cpu backend refuses: another path[b, 0] than 0 counts as -1; length is clamped to [0, N - 1] and
+// so that no slot past the capacity is written; an entry of path outside [j, N), or past the capacity, leaves
+// slot j as it is. A cache_seqlens outside [0, capacity] moves nothing out of bounds and is left with an
+// unspecified value.
 struct TreeCompactCacheParams {
   void* caches[kMaxCompactTensors];  // [B, S, Hkv, D], or [num_pages, page_size, Hkv, D]
   CompactLayout layouts[kMaxCompactLayouts];
@@ -37,9 +40,11 @@ struct TreeCompactCacheParams {
 };
 static_assert(sizeof(TreeCompactCacheParams) <= 4096, "CUDA's limit of kernel parameters");
 
-// Rows to move for one sequence whose first uncommitted slot is `base`: j = 1..result.
+// Rows to move for one sequence whose first uncommitted slot is `base`: j = 1..result; -1 if it is left
+// alone.
 TRANCHE_HD int32_t moved_rows(const TreeCompactCacheParams& p, int32_t b, int32_t base) {
-  const int32_t length = clamped(p.length[b], -1, p.nodes - 1);
+  if (p.path[int64_t(b) * p.nodes] != 0) return -1;
+  const int32_t length = clamped(p.length[b], 0, p.nodes - 1);
   const int32_t room = p.slots.capacity - 1 - base;
   return length < room ? length : room;
 }

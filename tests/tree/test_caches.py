@@ -70,7 +70,7 @@ def page_table(batch, per_sequence, pages, device, spare=1):
     return table.to(device)
 
 
-# ---- write_cache_ ------------------------------------------------------------------
+# ---- write_cache_ ----------------------------------------
 
 
 def write_case(
@@ -277,7 +277,7 @@ def test_write_bad_input_by_name(backend):
             write_cache_(*arguments, seqlens, tree, **options)
 
 
-# ---- compact_cache_ ------------------------------------------------------------------
+# ---- compact_cache_ ----------------------------------------
 
 
 def accept(paths, nodes, device="cpu"):
@@ -285,7 +285,7 @@ def accept(paths, nodes, device="cpu"):
     path = torch.full((len(paths), nodes), -1, dtype=torch.int32)
     for b, row in enumerate(paths):
         path[b, : len(row)] = torch.tensor(row, dtype=torch.int32)
-    length = torch.tensor([len(row) - 1 for row in paths], dtype=torch.int32)
+    length = torch.tensor([max(len(row) - 1, 0) for row in paths], dtype=torch.int32)
     return Accepted(
         path.to(device), length.to(device), torch.zeros(len(paths), dtype=torch.int64, device=device)
     )
@@ -398,8 +398,8 @@ def test_paths_that_are_none(backend, monkeypatch):
         ([1, 2], None, 4, r"path\[0, 0\] == 0 \(the root\), got 1"),
         ([0, 9], None, 4, r"path\[0, 1\] in \(0, 6\), got 9"),
         ([0, -5], None, 4, r"path\[0, 1\] in \(0, 6\), got -5"),
-        ([0], 6, 4, r"length\[0\] in \[-1, 5\], got 6"),
-        ([0], -2, 4, r"length\[0\] in \[-1, 5\], got -2"),
+        ([0], 6, 4, r"length\[0\] in \[0, 5\], got 6"),
+        ([0], -2, 4, r"length\[0\] in \[0, 5\], got -2"),
         ([0, 5], None, 9, r"cache_seqlens\[0\] \+ the accepted nodes <= 10, got 15"),
     ]
     for path, length, start, message in wrong:
@@ -457,7 +457,7 @@ def test_compact_bad_input_by_name(backend):
             compact_cache_(caches, bad, seqlens)
 
 
-# ---- together, and beside autograd ------------------------------------------------------------------
+# ---- together, and beside autograd ----------------------------------------
 
 
 def test_tree_attention_module_is_write_then_attend(backend):

@@ -35,7 +35,7 @@ def draw(batch, beams, vocab, dtype=torch.float32, *, steps=None, seed=0):
     return logprobs.to(dtype), scores
 
 
-# ---- expand_beam ------------------------------------------------------------------
+# ---- expand_beam ----------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -188,7 +188,7 @@ def test_expand_beam_bad_input_by_name(backend):
             expand_beam(*arguments)
 
 
-# ---- select_tree ------------------------------------------------------------------
+# ---- select_tree ----------------------------------------
 
 
 def random_pool(batch, candidates, *, monotone=True, steps=None, nan=0.0, seed=0):
@@ -334,7 +334,7 @@ def test_select_tree_of_no_sequences(backend):
     assert tree.ancestors.shape == (0, 4, 1)
 
 
-# ---- both, through the pool ------------------------------------------------------------------
+# ---- both, through the pool ----------------------------------------
 
 
 def grow(device, *, batch=2, k=4, depth=3, vocab=50, seed=0):

@@ -9,6 +9,7 @@ from tranche.tree.growth import CandidatePool, Candidates, Level, chosen_candida
 from tranche.tree.modules import KVCache, TreeAttention
 from tranche.tree.ops import tree_ancestors, tree_attention
 from tranche.tree.structure import Tree
+from tranche.tree.verify import sample, verify_greedy, verify_sample, verify_typical
 
 __all__ = [
     "Accepted",
@@ -21,8 +22,12 @@ __all__ = [
     "chosen_candidates",
     "compact_cache_",
     "expand_beam",
+    "sample",
     "select_tree",
     "tree_ancestors",
     "tree_attention",
+    "verify_greedy",
+    "verify_sample",
+    "verify_typical",
     "write_cache_",
 ]

@@ -7,9 +7,38 @@ from torch import Tensor
 
 from tranche.tree.reference_growth import compact_cache_, expand_beam, select_tree, write_cache_
 from tranche.tree.reference_structure import tree_ancestors
+from tranche.tree.reference_verify import (
+    draw,
+    philox,
+    probabilities,
+    sample,
+    uniform,
+    verify_greedy,
+    verify_sample,
+    verify_typical,
+    walk_law,
+)
 from tranche.tree.structure import Tree
 
-__all__ = ["compact_cache_", "expand_beam", "select_tree", "tree_ancestors", "tree_attention", "write_cache_"]
+__all__ = [
+    "compact_cache_",
+    "draw",
+    "expand_beam",
+    "gather_slots",
+    "philox",
+    "probabilities",
+    "sample",
+    "select_tree",
+    "tree_ancestors",
+    "tree_attention",
+    "uniform",
+    "verify_greedy",
+    "verify_sample",
+    "verify_typical",
+    "visible_slots",
+    "walk_law",
+    "write_cache_",
+]
 
 
 def gather_slots(cache: Tensor, sequence: int, slots: int, block_table: Tensor | None) -> Tensor:

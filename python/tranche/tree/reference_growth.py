@@ -104,6 +104,8 @@ def compact_cache_(
 ) -> None:
     """See `tranche.tree.compact_cache_`."""
     for b in range(accepted.path.size(0)):
+        if int(accepted.path[b, 0]) < 0:
+            continue
         base, length = int(cache_seqlens[b]), int(accepted.length[b])
         for j in range(1, length + 1):
             for cache in caches:
