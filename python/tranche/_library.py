@@ -65,3 +65,50 @@ def register_fake(op: str) -> Callable[[_F], _F]:
         return function
 
     return register
+
+
+# Python kernels live as long as the library object that registered them.
+_python_kernels: list[torch.library.Library] = []
+
+
+def register_in_place(op: str, mutated: tuple[str, ...]) -> None:
+    """Make `op`, which writes to its arguments named in `mutated`, sound under autograd, in every namespace.
+
+    Libraries of the stable ABI register kernels and nothing else: without this, no version would be bumped, and
+    backward through such an op would be silently wrong. Versions of the mutated tensors (or of each in a list) go up
+    by one; a call with grad enabled in which any tensor requires a gradient raises RuntimeError.
+    """
+    for namespace in NAMESPACES:
+        _register_in_place(namespace, op, mutated)
+
+
+def _register_in_place(namespace: str, op: str, mutated: tuple[str, ...]) -> None:
+    overload = getattr(getattr(torch.ops, namespace), op).default
+    names = [argument.name for argument in overload._schema.arguments]
+
+    def tensors(value: Any) -> list[torch.Tensor]:
+        values = value if isinstance(value, (list, tuple)) else (value,)
+        return [tensor for tensor in values if isinstance(tensor, torch.Tensor)]
+
+    def bump_versions(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        result = overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        for name in mutated:
+            for tensor in tensors(given.get(name)):
+                torch.autograd.graph.increment_version(tensor)
+        return result
+
+    def refuse_gradients(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            for name, value in (dict(zip(names, args, strict=False)) | kwargs).items():
+                if any(tensor.requires_grad for tensor in tensors(value)):
+                    raise RuntimeError(
+                        f"tranche.{op}: expected no argument that requires a gradient, got {name}. This op writes to "
+                        f"{', '.join(mutated)} and has no derivative: call it under torch.no_grad(), or detach {name}."
+                    )
+        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    library = torch.library.Library(namespace, "IMPL")
+    library.impl(op, bump_versions, "ADInplaceOrView", with_keyset=True)
+    library.impl(op, refuse_gradients, "Autograd", with_keyset=True)
+    _python_kernels.append(library)
