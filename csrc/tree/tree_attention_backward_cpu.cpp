@@ -24,7 +24,7 @@ template <class A>
 struct Scratch {
   A *q, *grad_out, *grad_q;             // [rows, D]
   RowState<A>* state;                   // [rows]
-  A* sum;                               // [rows] of exp(s - state.top)
+  RowSums<A>* sums;                     // [rows]
   bool* broken;                         // [rows]
   uint64_t* visible;                    // [rows] of the tile at hand
   A *k, *k_columns, *v_columns;         // [64, D], [D, 64] twice
@@ -42,7 +42,7 @@ struct Scratch {
     A** of_rows[] = {&q, &grad_out, &grad_q};
     for (A** pointer : of_rows) take(*pointer, rows * dim);
     take(state, rows);
-    take(sum, rows);
+    take(sums, rows);
     take(broken, rows);
     take(visible, rows);
     A** of_slots[] = {&k, &k_columns, &v_columns, &grad_k, &grad_v};
@@ -61,8 +61,8 @@ int64_t workers_of(const TreeAttentionParams& p) { return least<int64_t>(num_thr
 
 template <class T, class A>
 class Backward {
-  // In fp32 and fp64 the rounding of lse to fp32, the same for all weights of a row, would be the largest error by far:
-  // maximum and sum are found again from the very scores that become weights.
+  // In fp32 and fp64 the rounding of lse and of <grad_out, out>, shared by all weights of a row, would be the largest
+  // error by far: both sums are found again from the very products that become gradients.
   static constexpr bool kOwnSums = sizeof(T) >= 4;
 
  public:
@@ -100,8 +100,7 @@ class Backward {
       const bool q_finite = load_row(q, s_.q + int64_t(r) * dim_, dim_);
       const bool g_finite = load_row(g, s_.grad_out + int64_t(r) * dim_, dim_);
       s_.broken[r] = !q_finite || !g_finite;
-      s_.state[r] = {kOwnSums ? A(-kInf) : A(p_.lse[row_index(r)]), A(1), A(0), A(0)};
-      s_.sum[r] = kOwnSums ? A(0) : A(1);
+      s_.sums[r] = {A(-kInf), A(0), A(0)};
     }
     memset(s_.grad_q, 0, sizeof(A) * size_t(rows_) * size_t(dim_));
   }
@@ -139,42 +138,50 @@ class Backward {
     return any != 0;
   }
 
-  // scores = q k^T for the rows from `first` on.
-  void score(int first, int count) {
+  // scores = q k^T and gradients = grad_out v^T, for the rows from `first` on.
+  void multiply_rows(int first, int count) {
+    const A *q = s_.q + int64_t(first) * dim_, *grad_out = s_.grad_out + int64_t(first) * dim_;
     memset(s_.scores, 0, sizeof(A) * kTile * size_t(count));
-    multiply<A>(s_.scores, kTile, {s_.q + int64_t(first) * dim_, dim_, 1}, s_.k_columns, kTile, count, kTile, dim_);
+    memset(s_.gradients, 0, sizeof(A) * kTile * size_t(count));
+    multiply<A>(s_.scores, kTile, {q, dim_, 1}, s_.k_columns, kTile, count, kTile, dim_);
+    multiply<A>(s_.gradients, kTile, {grad_out, dim_, 1}, s_.v_columns, kTile, count, kTile, dim_);
   }
 
   void accumulate(int slot, int count) {
     if (!see(slot)) return;
-    load_tile(slot, count);
+    const uint64_t finite = load_tile(slot, count);
     for (int first = 0; first < rows_; first += kTile) {
       const int rows = least(rows_ - first, kTile);
-      score(first, rows);
-      for (int i = first; i < first + rows; ++i) {
-        accumulate_row(p_, s_.state[i], s_.sum[i], s_.visible[i], s_.scores + (i - first) * kTile);
+      multiply_rows(first, rows);
+      for (int i = 0; i < rows; ++i) {
+        const uint64_t visible = s_.visible[first + i] & finite;
+        accumulate_row(p_, s_.sums[first + i], visible, s_.scores + i * kTile, s_.gradients + i * kTile);
       }
     }
   }
 
   void finish_states() {
     for (int r = 0; r < rows_; ++r) {
-      RowState<A>& state = s_.state[r];
       const float forward_lse = p_.lse[row_index(r)];
-      const double lse = double(state.top) + __builtin_log(double(s_.sum[r]));
+      const RowSums<A>& sums = s_.sums[r];
       const T* out = static_cast<const T*>(p_.out) + row_index(r) * dim_;
       A* grad_out = s_.grad_out + int64_t(r) * dim_;
       A delta = 0;
       for (int d = 0; d < dim_; ++d) delta += grad_out[d] * A(element(out[d]));
-      const A weight =
-          p_.sinks ? A(1.0 / (1.0 + __builtin_exp(double(p_.sinks[head_ * group_ + r % group_]) - lse))) : A(1);
+      const bool is_finite = delta - delta == A(0);
+
+      const double lse = kOwnSums ? double(sums.top) + __builtin_log(double(sums.weights)) : double(forward_lse);
+      A weight = 1;
+      if (p_.sinks) weight = A(1.0 / (1.0 + __builtin_exp(double(p_.sinks[head_ * group_ + r % group_]) - lse)));
+      if (kOwnSums) delta = weight * sums.products / sums.weights;
       const A shift = (params_.grad_lse ? A(params_.grad_lse[row_index(r)]) : A(0)) - weight * delta;
+
       const bool saw_nothing = forward_lse == -kInf;
-      s_.broken[r] = !saw_nothing && (s_.broken[r] || shift - shift != A(0) || lse - lse != 0.0 ||
+      s_.broken[r] = !saw_nothing && (s_.broken[r] || !is_finite || shift - shift != A(0) || lse - lse != 0.0 ||
                                       forward_lse - forward_lse != 0.0f);
-      state = {state.top, A(1) / s_.sum[r], weight, shift};
+      s_.state[r] = {kOwnSums ? sums.top : A(forward_lse), kOwnSums ? A(1) / sums.weights : A(1), weight, shift};
       if (saw_nothing || s_.broken[r]) {  // no part in any product
-        state = {A(0), A(0), A(0), A(0)};
+        s_.state[r] = {A(0), A(0), A(0), A(0)};
         memset(grad_out, 0, sizeof(A) * size_t(dim_));
         memset(s_.q + int64_t(r) * dim_, 0, sizeof(A) * size_t(dim_));
       }
@@ -191,9 +198,7 @@ class Backward {
     for (int first = 0; first < rows_; first += kTile) {
       const int rows = least(rows_ - first, kTile);
       const A *q = s_.q + int64_t(first) * dim_, *grad_out = s_.grad_out + int64_t(first) * dim_;
-      score(first, rows);
-      memset(s_.gradients, 0, sizeof(A) * kTile * size_t(rows));
-      multiply<A>(s_.gradients, kTile, {grad_out, dim_, 1}, s_.v_columns, kTile, rows, kTile, dim_);
+      multiply_rows(first, rows);
       for (int i = 0; i < rows; ++i) {
         const uint64_t visible = s_.visible[first + i];
         touched |= visible;

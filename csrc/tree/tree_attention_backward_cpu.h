@@ -21,6 +21,7 @@ struct Simd<float> {
   TRANCHE_INLINE V set(float x) { return vset(x); }
   TRANCHE_INLINE V load(const float* p) { return vload(p); }
   TRANCHE_INLINE void store(float* p, V x) { vstore(p, x); }
+  TRANCHE_INLINE V add(V x, V y) { return vadd(x, y); }
   TRANCHE_INLINE V fma(V x, V y, V z) { return vfma(x, y, z); }
 };
 
@@ -35,6 +36,7 @@ struct Simd<double> {
     return x;
   }
   TRANCHE_INLINE void store(double* p, V x) { __builtin_memcpy(p, &x, sizeof x); }
+  TRANCHE_INLINE V add(V x, V y) { return x + y; }
   TRANCHE_INLINE V fma(V x, V y, V z) { return x * y + z; }
 };
 
@@ -52,7 +54,7 @@ TRANCHE_INLINE void multiply_tile(A* c, int ldc, const Left<A>& a, const A* b, i
 #pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) sum[i][j] = S::load(c + i * ldc + j * S::kLanes);
+    for (int j = 0; j < kVectors; ++j) sum[i][j] = S::set(0);
   }
   for (int k = 0; k < depth; ++k) {
     typename S::V right[kVectors];
@@ -68,7 +70,10 @@ TRANCHE_INLINE void multiply_tile(A* c, int ldc, const Left<A>& a, const A* b, i
 #pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) S::store(c + i * ldc + j * S::kLanes, sum[i][j]);
+    for (int j = 0; j < kVectors; ++j) {
+      A* to = c + i * ldc + j * S::kLanes;
+      S::store(to, S::add(S::load(to), sum[i][j]));
+    }
   }
 }
 
@@ -85,20 +90,32 @@ TRANCHE_INLINE void multiply_columns(A* c, int ldc, const Left<A>& a, const A* b
   }
 }
 
-// c [rows, columns] += a [rows, depth] b [depth, columns]; columns is a multiple of 16.
+// c [rows, columns] += a [rows, depth] b [depth, columns]; columns is a multiple of 16. At most kTile products are
+// summed in a row before the sum joins c: long chains of roundings would show in fp32.
 template <class A>
 static void multiply(A* c, int ldc, const Left<A>& a, const A* b, int ldb, int rows, int columns, int depth) {
   constexpr int kVectors = kWidth == 16 ? 4 : 2;  // with 4 rows: half the registers there are
   constexpr int kStep = kVectors * Simd<A>::kLanes;
-  int n = 0;
-  for (; n + kStep <= columns; n += kStep) multiply_columns<A, kVectors>(c + n, ldc, a, b + n, ldb, rows, depth);
-  for (; n < columns; n += Simd<A>::kLanes) multiply_columns<A, 1>(c + n, ldc, a, b + n, ldb, rows, depth);
+  for (int k = 0; k < depth; k += kTile) {
+    const int left = depth - k < kTile ? depth - k : kTile;
+    const Left<A> part = {a.data + int64_t(k) * a.column, a.row, a.column};
+    const A* right = b + int64_t(k) * ldb;
+    int n = 0;
+    for (; n + kStep <= columns; n += kStep) multiply_columns<A, kVectors>(c + n, ldc, part, right + n, ldb, rows, left);
+    for (; n < columns; n += Simd<A>::kLanes) multiply_columns<A, 1>(c + n, ldc, part, right + n, ldb, rows, left);
+  }
 }
 
 // What a row brings to its scores' gradients; see tree_attention_backward.h. Its weights are p = share * exp(s - top).
 template <class A>
 struct RowState {
   A top, share, sink_weight, shift;  // shift = grad_lse - sink_weight * delta
+};
+
+// Over the slots met so far: the largest score, the sum of exp(s - top), and that of exp(s - top) <grad_out, v>.
+template <class A>
+struct RowSums {
+  A top, weights, products;
 };
 
 // e^x for x <= 80. What x * log2(e) loses to rounding, several ulp of the result for a large |x|, is put back.
@@ -130,37 +147,46 @@ TRANCHE_INLINE double score_of(const TreeAttentionParams& p, double product, dou
   return t * double(p.softcap);
 }
 
-// Takes the visible products of a tile into state.top and `sum`, the sum of exp(s - top).
-TRANCHE_INLINE void accumulate_row(const TreeAttentionParams& p, RowState<float>& state, float& sum, uint64_t visible,
-                                   const float* products) {
-  Vec slope, tops = vset(-kInf), sums = vset(0.0f);
-  float lanes[kWidth], scores[kTile], top = state.top;
+TRANCHE_INLINE float sum_of_lanes(Vec x) {
+  float lanes[kWidth], sum = 0.0f;
+  vstore(lanes, x);
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
+
+// Takes a tile's visible products <q, k> and <grad_out, v> into `sums`.
+TRANCHE_INLINE void accumulate_row(const TreeAttentionParams& p, RowSums<float>& sums, uint64_t visible,
+                                   const float* products, const float* gradients) {
+  const Vec lowest = vset(-kInf), zero = vset(0.0f);
+  Vec slope, tops = lowest;
+  float lanes[kWidth], scores[kTile], top = sums.top;
   for (int x = 0; x < kTile; x += kWidth) {
-    const Vec s = vselect(seen(visible, x), score_of(p, vload(products + x), slope), vset(-kInf));
+    const Vec s = vselect(seen(visible, x), score_of(p, vload(products + x), slope), lowest);
     vstore(scores + x, s);
     tops = vmax(s, tops);
   }
   vstore(lanes, tops);
   for (float lane : lanes) top = lane > top ? lane : top;
   if (top == -kInf) return;
+  Vec weights = zero, weighted = zero;
   for (int x = 0; x < kTile; x += kWidth) {
-    sums = vadd(sums, vselect(seen(visible, x), exponential(vsub(vload(scores + x), vset(top))), vset(0.0f)));
+    const Vec e = vselect(seen(visible, x), exponential(vsub(vload(scores + x), vset(top))), zero);
+    weights = vadd(weights, e);
+    weighted = vfma(e, vload(gradients + x), weighted);
   }
-  sum *= float(__builtin_exp(double(state.top) - double(top)));
-  vstore(lanes, sums);
-  for (float lane : lanes) sum += lane;
-  state.top = top;
+  const float alpha = float(__builtin_exp(double(sums.top) - double(top)));
+  sums = {top, sums.weights * alpha + sum_of_lanes(weights), sums.products * alpha + sum_of_lanes(weighted)};
 }
 
-TRANCHE_INLINE void accumulate_row(const TreeAttentionParams& p, RowState<double>& state, double& sum,
-                                   uint64_t visible, const double* products) {
+TRANCHE_INLINE void accumulate_row(const TreeAttentionParams& p, RowSums<double>& sums, uint64_t visible,
+                                   const double* products, const double* gradients) {
   double slope;
   for (int x = 0; x < kTile; ++x) {
     if (!(visible >> x & 1)) continue;
-    const double s = score_of(p, products[x], slope), top = s > state.top ? s : state.top;
+    const double s = score_of(p, products[x], slope), top = s > sums.top ? s : sums.top;
     if (top == -__builtin_inf()) continue;
-    sum = sum * __builtin_exp(state.top - top) + __builtin_exp(s - top);
-    state.top = top;
+    const double alpha = __builtin_exp(sums.top - top), e = __builtin_exp(s - top);
+    sums = {top, sums.weights * alpha + e, sums.products * alpha + e * gradients[x]};
   }
 }
 
