@@ -93,13 +93,14 @@ def register_inplace(op: str) -> None:
 
 
 def _register_inplace(namespace: str, op: str, overload: Any, names: list[str], written: list[int]) -> None:
-    def inplace(keyset: Any, *args: Any, **kwargs: Any) -> None:
-        overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+    def inplace(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        result = overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
         values = [args[i] if i < len(args) else kwargs.get(names[i]) for i in written]
         # tensors of inference mode have no version to raise
         torch.autograd.graph.increment_version([t for t in _tensors(values) if not t.is_inference()])
+        return result
 
-    def autograd(keyset: Any, *args: Any, **kwargs: Any) -> None:
+    def autograd(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             for name, value in (*zip(names, args, strict=False), *kwargs.items()):
                 if any(t.requires_grad for t in _tensors([value])):
@@ -107,7 +108,7 @@ def _register_inplace(namespace: str, op: str, overload: Any, names: list[str], 
                         f"tranche.{op}: expected tensors that do not require grad, got {name} that does. The op "
                         "writes in place and has no backward; call it under torch.no_grad(), or detach."
                     )
-        overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
     library = torch.library.Library(namespace, "IMPL")
     library.impl(op, inplace, "ADInplaceOrView", with_keyset=True)

@@ -7,7 +7,7 @@ from tranche.tree.accepted import Accepted
 from tranche.tree.cache import compact_cache_, write_cache_
 from tranche.tree.growth import CandidatePool, Candidates, Level, chosen_candidates, expand_beam, select_tree
 from tranche.tree.modules import KVCache, TreeAttention
-from tranche.tree.ops import tree_ancestors, tree_attention
+from tranche.tree.ops import merge_state, tree_ancestors, tree_attention
 from tranche.tree.structure import Tree
 from tranche.tree.verify import sample, verify_greedy, verify_sample, verify_typical
 
@@ -22,6 +22,7 @@ __all__ = [
     "chosen_candidates",
     "compact_cache_",
     "expand_beam",
+    "merge_state",
     "sample",
     "select_tree",
     "tree_ancestors",

@@ -61,6 +61,13 @@ def visible_slots(cache_seqlen: int, n_nodes: int, tree: Tree, sequence: int, wi
     return visible
 
 
+def dot_products(q: Tensor, k: Tensor) -> Tensor:
+    """q @ k.T, whose gradients leave out keys that are not finite: else they would reach rows that do not see them."""
+    is_finite = torch.isfinite(k).all(dim=1)
+    finite = q @ torch.where(is_finite[:, None], k, 0).T
+    return torch.where(is_finite, finite, (q @ k.T).detach())
+
+
 def tree_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -104,7 +111,7 @@ def tree_attention(
         if v_scale is not None:
             v = v * v_scale.to(compute_dtype)[:, None]
         for h in range(heads_q):
-            scores = factor * (q[b, :n, h].to(compute_dtype) @ k[:, h // group].T)
+            scores = dot_products(q[b, :n, h].to(compute_dtype), k[:, h // group]) * factor
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
             # select, never add: a non-finite score of an invisible slot must vanish
@@ -125,3 +132,17 @@ def tree_attention(
             out[b, :n, h] = result
             lse[b, :n, h] = row_lse
     return (out, lse) if return_lse else out
+
+
+def merge_state(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, compute_dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """See `tranche.tree.merge_state`; both results are of `compute_dtype`."""
+    a, b = lse_a.to(compute_dtype), lse_b.to(compute_dtype)
+    lse = torch.logaddexp(a, b)
+    result = torch.zeros_like(out_a, dtype=compute_dtype)
+    for out, part in ((out_a, a), (out_b, b)):
+        weight = torch.exp(part - lse)[..., None]
+        # a side that saw nothing is dropped, whatever its values; so are both weights of 0 / 0
+        result = result + torch.where(torch.isneginf(part)[..., None], 0, weight * out.to(compute_dtype))
+    return result, lse
