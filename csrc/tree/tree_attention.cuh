@@ -136,7 +136,7 @@ __device__ __forceinline__ uint64_t visible_keys(const TreeAttentionLaunch& plan
 }
 
 // Nodes on the path to `node`, itself included; only ancestors up to the node itself count.
-__device__ __forceinline__ int path_length(const TreeAttentionParams& p, const int64_t* ancestors, int node) {
+__device__ __forceinline__ int path_length(const int64_t* ancestors, int node) {
   int length = 0;
   for (int w = 0; w <= node / 64; ++w) {
     length += __popcll(uint64_t(ancestors[w]) & low_bits(int64_t(node) - w * 64 + 1));

@@ -20,7 +20,7 @@ struct Variant {
   const char* name;
   Kernel kernel, paths;  // paths: null unless this variant serves exact's second pass
   int threads, rows;
-  int smem, smem_with_segment;
+  int smem;
   int stored_bytes;
 };
 
@@ -29,8 +29,7 @@ constexpr Variant variant_of(const char* name, Kernel kernel, Kernel paths) {
   using Memory = StreamMemory<Traits>;
   return {name,           kernel,
           paths,          Traits::kThreads,
-          Traits::kBlockRows, Memory::kBytes,
-          Memory::kBytesWithSegment, StoredState<Traits>::kBytes};
+          Traits::kBlockRows, Memory::kBytes, StoredState<Traits>::kBytes};
 }
 
 template <class T, int kDim, int kRowWarps, int kColumnWarps>
@@ -162,7 +161,7 @@ void tree_attention(const TreeAttentionParams& p, void* stream) {
   const Variant& v = plan.variant;
   const dim3 grid(unsigned(l.row_blocks) * unsigned(l.splits), unsigned(p.heads_kv), unsigned(p.batch));
   launch(v.name, v.kernel,
-         {grid, dim3(unsigned(v.threads)), size_t(plan.keep_segment ? v.smem_with_segment : v.smem)}, stream, l);
+         {grid, dim3(unsigned(v.threads)), size_t(v.smem)}, stream, l);
 
   if (l.p.exact) {
     const Variant path = choose(p, 1);

@@ -26,14 +26,13 @@ struct FfmaTraits {
   static constexpr int kStageBytes = 2 * kTileBytes;  // K, then V
   static constexpr int kWeightFloats = kTile + 4;
   static constexpr int kScratchBytes = kBlockRows * (kRowFloats + kWeightFloats) * 4;  // q, weights
-  static constexpr bool kSegmentInShared = true;
 
   // Layout of State: acc[r * kColumns + c] is columns 64 c + 4 (thread % 16).. of the thread's row r.
   static constexpr int kColumns = kDim / (4 * kRowThreads);
   static constexpr int kVectors = kThreadRows * kColumns;
   static constexpr int kRows = kThreadRows;
   static constexpr bool kWideVectors = true;
-  static constexpr int row_of(int v, int) { return v / kColumns; }
+  static constexpr TRANCHE_HD int row_of(int v, int) { return v / kColumns; }
 
   static_assert(kDim % 64 == 0 && kTile % kRowThreads == 0 && kRows % 2 == 0);
 };
@@ -97,20 +96,22 @@ class FfmaEngine {
   __device__ __forceinline__ void begin_chunk() { chunk.clear(); }
   __device__ __forceinline__ void end_chunk() {}
 
-  template <bool kMasked>
-  __device__ __forceinline__ void tile(unsigned char* stage, int first) {
+  __device__ __forceinline__ void tile(unsigned char* stage, int first, bool full) {
     const float* keys = reinterpret_cast<const float*>(stage);
     const float* values = keys + Traits::kTileBytes / 4;
-    uint64_t mask[Traits::kRows] = {};
-    if constexpr (kMasked) {
+    uint64_t mask[Traits::kRows];
 #pragma unroll
-      for (int r = 0; r < Traits::kRows; ++r) {
-        mask[r] = visible_keys(block_.plan, block_.keys, block_.row(row(r)), block_.b, first);
-      }
+    for (int r = 0; r < Traits::kRows; ++r) {
+      mask[r] = full ? ~uint64_t(0)
+                     : visible_keys(block_.plan, block_.keys, block_.row(row(r)), block_.b, first);
     }
-    weigh<kMasked>(keys, mask);
+    weigh(keys, mask);
     __syncwarp();
-    accumulate<kMasked>(values, mask);
+    if (full) {
+      accumulate<false>(values, mask);
+    } else {
+      accumulate<true>(values, mask);
+    }
     __syncwarp();  // the weights are overwritten in the next tile
   }
 
@@ -132,7 +133,6 @@ class FfmaEngine {
     }
   }
 
-  template <bool kMasked>
   __device__ __forceinline__ void weigh(const float* keys, const uint64_t (&mask)[Traits::kRows]) {
     float s[Traits::kRows][Traits::kKeys] = {};
     const float* queries = queries_ + local_row(0) * Traits::kRowFloats;
@@ -163,7 +163,7 @@ class FfmaEngine {
       for (int j = 0; j < Traits::kKeys; ++j) {
         float x = ptx::mul(s[r][j], factor);
         if (softcap > 0.0f) x = cap(x, softcap);
-        if constexpr (kMasked) x = (mask[r] >> (part() + j * Traits::kRowThreads)) & 1 ? x : kMinusInfinity;
+        x = (mask[r] >> (part() + j * Traits::kRowThreads)) & 1 ? x : kMinusInfinity;
         s[r][j] = x;
         top = fmaxf(top, x);
       }
@@ -227,13 +227,13 @@ class FfmaEngine {
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
-    tree_attention_ffma(TreeAttentionLaunch plan) {
+    tree_attention_ffma(const __grid_constant__ TreeAttentionLaunch plan) {
   attend_first<FfmaEngine<Traits>>(plan);
 }
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
-    tree_attention_ffma_paths(TreeAttentionLaunch plan) {
+    tree_attention_ffma_paths(const __grid_constant__ TreeAttentionLaunch plan) {
   attend_paths<FfmaEngine<Traits>>(plan);
 }
 

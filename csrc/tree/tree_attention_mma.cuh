@@ -21,20 +21,19 @@ struct MmaTraits {
   static constexpr int kThreads = 32 * kRowWarps * kColumnWarps;
   static constexpr int kBlocksPerSm = kThreads <= 128 ? 2 : 1;
   static constexpr int kBlockRows = 16 * kRowWarps;
-  static constexpr int kTile = kDim <= 128 ? 64 : 32;
-  static constexpr int kStages = kDim <= 64 ? 4 : 3;
+  static constexpr int kTile = kDim <= 64 ? 64 : 32;
+  static constexpr int kStages = kDim <= 128 ? 4 : 3;
   static constexpr int kRowBytes = kDim * 2;
   static constexpr int kUnits = kRowBytes / 16;  // of a row
   static constexpr int kTileBytes = kTile * kRowBytes;
   static constexpr int kStageBytes = 2 * kTileBytes;  // K, then V
   static constexpr int kScratchBytes = 16;            // which rows of the tile hold non-finite values, twice
-  static constexpr bool kSegmentInShared = kRowWarps <= 4;  // 128 rows of 128 would not fit beside the ring
 
   // Layout of State.
   static constexpr int kVectors = kDim / kColumnWarps / 8;
   static constexpr int kRows = 2;
   static constexpr bool kWideVectors = false;  // acc[v][0..1] and acc[v][2..3]: two columns of two rows
-  static constexpr int row_of(int, int e) { return e / 2; }
+  static constexpr TRANCHE_HD int row_of(int, int e) { return e / 2; }
 
   static_assert(sizeof(T) == 2);
   static_assert(kDim == 64 || kDim == 128 || kDim == 256, "a row is a whole number of swizzle periods");
@@ -112,35 +111,32 @@ class MmaEngine {
     chunk.l[1] = sum_[2];
   }
 
-  template <bool kMasked>
-  __device__ __forceinline__ void tile(unsigned char* stage, int first) {
+  // `full`: every row sees every key.
+  __device__ __forceinline__ void tile(unsigned char* stage, int first, bool full) {
     unsigned char* keys = stage;
     unsigned char* values = stage + Traits::kTileBytes;
     if (block_.plan.p.kv_type == DType::e4m3) {
       unsigned char* bytes = byte_stage(stage);
-      unsigned char* wide = dynamic_smem<unsigned char>() + (Traits::kStages - 1) * Traits::kStageBytes;
-      widen(bytes, wide);
-      widen(bytes + Traits::kTileBytes / 2, wide + Traits::kTileBytes);
-      keys = wide;
-      values = wide + Traits::kTileBytes;
+      keys = dynamic_smem<unsigned char>() + (Traits::kStages - 1) * Traits::kStageBytes;
+      values = keys + Traits::kTileBytes;
+      widen(bytes, keys);  // and the values behind them: two tiles of bytes become two tiles
       __syncthreads();
     }
-    uint64_t bad = 0;
-    if constexpr (kMasked) bad = clear_non_finite(values);
+    const uint64_t bad = full ? 0 : clear_non_finite(values);
     if (!working_) return;
 
     float s[kScoreGroups][4];
     scores(keys, s);
     uint64_t mask[2] = {};
-    if constexpr (kMasked) {
+    if (full) {
+      softmax<false>(s, mask);
+    } else {
 #pragma unroll
       for (int i = 0; i < 2; ++i) mask[i] = visible_keys(block_.plan, block_.keys, block_.row(row(i)), block_.b, first);
+      softmax<true>(s, mask);
     }
-    softmax<kMasked>(s, mask);
     accumulate(values, s);
-    if constexpr (kMasked) {
-      if (bad != 0) add_non_finite(bad, mask, first);
-    }
+    if (bad != 0) add_non_finite(bad, mask, first);
   }
 
  private:
@@ -202,20 +198,26 @@ class MmaEngine {
     const unsigned char* k_cache = static_cast<const unsigned char*>(p.k_cache);
     const unsigned char* v_cache = static_cast<const unsigned char*>(p.v_cache);
     const int used_units = p.head_dim * kBytes / 16;
-    const bool aligned = block_.plan.aligned_kv;
+    const int units = Traits::kTile * kRowUnits;
+    if (block_.plan.aligned_kv) {
 #pragma unroll 4
-    for (int i = int(threadIdx.x); i < Traits::kTile * kRowUnits; i += Traits::kThreads) {
-      const int row = i / kRowUnits, u = i % kRowUnits;
-      const int64_t k = offsets[row * 2] * kBytes + u * 16, v = offsets[row * 2 + 1] * kBytes + u * 16;
-      const bool valid = offsets[row * 2] >= 0 && u < used_units;
-      unsigned char* to_k = kBytes == 2 ? unit(keys, row, u) : keys + i * 16;
-      unsigned char* to_v = kBytes == 2 ? unit(values, row, u) : values + i * 16;
-      if (aligned) {
-        ptx::cp_async_16(to_k, valid ? k_cache + k : k_cache, valid);
-        ptx::cp_async_16(to_v, valid ? v_cache + v : v_cache, valid);
-      } else {
-        *reinterpret_cast<uint4*>(to_k) = gather<kBytes>(k_cache + k, valid);
-        *reinterpret_cast<uint4*>(to_v) = gather<kBytes>(v_cache + v, valid);
+      for (int i = int(threadIdx.x); i < units; i += Traits::kThreads) {
+        const int row = i / kRowUnits, u = i % kRowUnits;
+        const int64_t k = offsets[row * 2], v = offsets[row * 2 + 1];
+        const bool valid = k >= 0 && u < used_units;
+        unsigned char* to = kBytes == 2 ? unit(keys, row, u) : keys + i * 16;
+        ptx::cp_async_16(to, valid ? k_cache + k * kBytes + u * 16 : k_cache, valid);
+        ptx::cp_async_16(to + (values - keys), valid ? v_cache + v * kBytes + u * 16 : v_cache, valid);
+      }
+    } else {
+#pragma unroll 1
+      for (int i = int(threadIdx.x); i < 2 * units; i += Traits::kThreads) {
+        const bool is_value = i >= units;
+        const int row = i % units / kRowUnits, u = i % kRowUnits;
+        const int64_t offset = offsets[row * 2 + (is_value ? 1 : 0)];
+        unsigned char* tile = is_value ? values : keys;
+        *reinterpret_cast<uint4*>(kBytes == 2 ? unit(tile, row, u) : tile + i % units * 16) =
+            gather<kBytes>((is_value ? v_cache : k_cache) + offset * kBytes + u * 16, offset >= 0 && u < used_units);
       }
     }
   }
@@ -242,7 +244,7 @@ class MmaEngine {
   __device__ __forceinline__ static void widen(const unsigned char* bytes, unsigned char* wide) {
     constexpr int kRowUnits = Traits::kDim / 16;
 #pragma unroll 2
-    for (int i = int(threadIdx.x); i < Traits::kTile * kRowUnits; i += Traits::kThreads) {
+    for (int i = int(threadIdx.x); i < 2 * Traits::kTile * kRowUnits; i += Traits::kThreads) {
       const uint4 x = *reinterpret_cast<const uint4*>(bytes + i * 16);
       const int row = i / kRowUnits, u = i % kRowUnits * 2;
       *reinterpret_cast<uint4*>(unit(wide, row, u)) = {widen_pair<T>(x.x), widen_pair<T>(x.x >> 16),
@@ -276,9 +278,7 @@ class MmaEngine {
     const TreeAttentionParams& p = block_.plan.p;
     for (; bad != 0; bad &= bad - 1) {
       const int c = __ffsll(static_cast<long long>(bad)) - 1;
-      int64_t page, within;
-      block_.locate(first + c, page, within);
-      const int64_t offset = page * p.v_stride[0] + within * p.v_stride[1] + block_.h * p.v_stride[2];
+      const int64_t offset = block_.offset(first + c, block_.page(first + c), p.v_stride);
       const bool sees[2] = {((mask[0] >> c) & 1) != 0, ((mask[1] >> c) & 1) != 0};
 #pragma unroll
       for (int v = 0; v < Traits::kVectors; ++v) {
@@ -390,13 +390,13 @@ class MmaEngine {
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
-    tree_attention_mma(TreeAttentionLaunch plan) {
+    tree_attention_mma(const __grid_constant__ TreeAttentionLaunch plan) {
   attend_first<MmaEngine<Traits>>(plan);
 }
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
-    tree_attention_mma_paths(TreeAttentionLaunch plan) {
+    tree_attention_mma_paths(const __grid_constant__ TreeAttentionLaunch plan) {
   attend_paths<MmaEngine<Traits>>(plan);
 }
 
