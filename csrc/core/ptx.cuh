@@ -209,6 +209,13 @@ __device__ __forceinline__ float log2_approx(float x) {
   return d;
 }
 
+// x, of which the compiler knows nothing: what is computed from it stays where it is written, rather than in
+// registers for the whole of a loop around it.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- global memory -------------------------------------------------------------------------------------------
 
 // 16 bytes that nobody writes while the kernel runs, read past L1 so that streams do not displace it.

@@ -156,6 +156,8 @@ inline uint32_t pack(float low, float high) {
 // A product rounded on its own, never contracted with what it is added to.
 inline float mul(float a, float b) { return a * b; }
 
+inline int opaque(int x) { return x; }
+
 namespace detail {
 
 // ".ftz": subnormals are zeros, on the way in and on the way out.

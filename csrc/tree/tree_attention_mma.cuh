@@ -132,7 +132,7 @@ class MmaEngine {
       softmax<false>(s, mask);
     } else {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) mask[i] = visible_keys(block_.plan, block_.keys, block_.row(row(i)), block_.b, first);
+      for (int i = 0; i < 2; ++i) mask[i] = visible_keys(block_.plan, block_.keys, block_.row(ptx::opaque(row(i))), block_.b, first);
       softmax<true>(s, mask);
     }
     accumulate(values, s);
@@ -201,7 +201,7 @@ class MmaEngine {
     const int units = Traits::kTile * kRowUnits;
     if (block_.plan.aligned_kv) {
 #pragma unroll 4
-      for (int i = int(threadIdx.x); i < units; i += Traits::kThreads) {
+      for (int i = ptx::opaque(int(threadIdx.x)); i < units; i += Traits::kThreads) {
         const int row = i / kRowUnits, u = i % kRowUnits;
         const int64_t k = offsets[row * 2], v = offsets[row * 2 + 1];
         const bool valid = k >= 0 && u < used_units;
@@ -211,7 +211,7 @@ class MmaEngine {
       }
     } else {
 #pragma unroll 1
-      for (int i = int(threadIdx.x); i < 2 * units; i += Traits::kThreads) {
+      for (int i = ptx::opaque(int(threadIdx.x)); i < 2 * units; i += Traits::kThreads) {
         const bool is_value = i >= units;
         const int row = i % units / kRowUnits, u = i % kRowUnits;
         const int64_t offset = offsets[row * 2 + (is_value ? 1 : 0)];
@@ -244,7 +244,7 @@ class MmaEngine {
   __device__ __forceinline__ static void widen(const unsigned char* bytes, unsigned char* wide) {
     constexpr int kRowUnits = Traits::kDim / 16;
 #pragma unroll 2
-    for (int i = int(threadIdx.x); i < 2 * Traits::kTile * kRowUnits; i += Traits::kThreads) {
+    for (int i = ptx::opaque(int(threadIdx.x)); i < 2 * Traits::kTile * kRowUnits; i += Traits::kThreads) {
       const uint4 x = *reinterpret_cast<const uint4*>(bytes + i * 16);
       const int row = i / kRowUnits, u = i % kRowUnits * 2;
       *reinterpret_cast<uint4*>(unit(wide, row, u)) = {widen_pair<T>(x.x), widen_pair<T>(x.x >> 16),
@@ -258,7 +258,7 @@ class MmaEngine {
   // of the tile. Returns the keys concerned, to every thread.
   __device__ __forceinline__ uint64_t clear_non_finite(unsigned char* values) {
     uint32_t* bad = bad_rows_ + 2 * parity_;
-    for (int i = int(threadIdx.x); i < Traits::kTile * Traits::kUnits; i += Traits::kThreads) {
+    for (int i = ptx::opaque(int(threadIdx.x)); i < Traits::kTile * Traits::kUnits; i += Traits::kThreads) {
       const int row = i / Traits::kUnits;
       uint4& x = *reinterpret_cast<uint4*>(values + i * 16);
       const uint4 y = x;
@@ -280,14 +280,15 @@ class MmaEngine {
       const int c = __ffsll(static_cast<long long>(bad)) - 1;
       const int64_t offset = block_.offset(first + c, block_.page(first + c), p.v_stride);
       const bool sees[2] = {((mask[0] >> c) & 1) != 0, ((mask[1] >> c) & 1) != 0};
+      const int own_column = ptx::opaque(column(0));
 #pragma unroll
       for (int v = 0; v < Traits::kVectors; ++v) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          if (column(v) >= p.head_dim) continue;
+          if (own_column + v * 8 >= p.head_dim) continue;
           const float x = p.kv_type == DType::e4m3
-                              ? to_float(static_cast<const e4m3*>(p.v_cache)[offset + column(v) + e])
-                              : to_float(static_cast<const T*>(p.v_cache)[offset + column(v) + e]);
+                              ? to_float(static_cast<const e4m3*>(p.v_cache)[offset + own_column + v * 8 + e])
+                              : to_float(static_cast<const T*>(p.v_cache)[offset + own_column + v * 8 + e]);
           const bool finite = (float_bits(x) & 0x7f800000u) != 0x7f800000u;
           if (sees[0] && !finite) chunk.acc[v][e] += x;
           if (sees[1] && !finite) chunk.acc[v][e + 2] += x;
@@ -302,7 +303,8 @@ class MmaEngine {
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[j][e] = 0.0f;
     }
-    const int row = lane() / 16 * 8 + lane() % 8, half_unit = lane() / 8 % 2;
+    const int own = ptx::opaque(lane());
+    const int row = own / 16 * 8 + own % 8, half_unit = own / 8 % 2;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -360,8 +362,9 @@ class MmaEngine {
   // P V, and P 1: the sum of the weights as rounded, in the order of the values.
   __device__ __forceinline__ void accumulate(unsigned char* values, const float (&p)[kScoreGroups][4]) {
     const uint32_t one = ptx::pack<T>(1.0f, 1.0f);
-    const int row = lane() / 8 % 2 * 8 + lane() % 8;
-    const int first_unit = first_column() / 8 + lane() / 16;
+    const int own = ptx::opaque(lane());
+    const int row = own / 8 % 2 * 8 + own % 8;
+    const int first_unit = first_column() / 8 + own / 16;
 #pragma unroll
     for (int group = 0; group < kScoreGroups / 2; ++group) {
       const float(&left)[4] = p[2 * group];

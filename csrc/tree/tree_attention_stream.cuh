@@ -156,7 +156,7 @@ class Stream {
     const TreeAttentionLaunch& plan = block_.plan;
 #pragma unroll
     for (int r = 0; r < Traits::kRows; ++r) {
-      const int row = engine_.row(r);
+      const int row = ptx::opaque(engine_.row(r));
       if (!block_.in_use(row)) continue;
       const int64_t index = partial_row(plan, block_.b, block_.h, slot, row);
       if (engine_.writes_stats()) {
@@ -173,7 +173,7 @@ class Stream {
     using T = typename Traits::T;
 #pragma unroll
     for (int r = 0; r < Traits::kRows; ++r) {
-      const int row = engine_.row(r);
+      const int row = ptx::opaque(engine_.row(r));
       if (row >= block_.end_row) continue;
       const float sum = engine_.chunk.l[r];
       const float factor =
@@ -193,7 +193,7 @@ class Stream {
 #pragma unroll
       for (int e = 0; e < 4; e += 2) {
         if (Traits::row_of(v, e) != r) continue;
-        const int column = engine_.column(v) + (Traits::kWideVectors ? e : 0);
+        const int column = ptx::opaque(engine_.column(v)) + (Traits::kWideVectors ? e : 0);
         if (column < block_.plan.p.head_dim) f(column, engine_.chunk.acc[v][e], engine_.chunk.acc[v][e + 1]);
       }
     }
@@ -244,7 +244,7 @@ class Stream {
       const int from = now * kTile;
       const bool full = from >= block_.keys.full_from && from + kTile <= block_.keys.length;
       engine_.tile(smem_ + stage * Traits::kStageBytes, from, full);
-      if (looks_up) put_offsets(stage, thread, position, page);
+      if (looks_up) put_offsets(stage, thread, (now + kStages) * kTile + thread, page);
       stage = stage + 1 == kStages ? 0 : stage + 1;
 
       const bool at_end = now + 1 == last, complete = (now + 1) % (kChunkSlots / kTile) == 0;
