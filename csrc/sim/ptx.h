@@ -172,6 +172,8 @@ inline float exp2_approx(float x) { return detail::flush(exp2f(detail::flush(x))
 
 inline float log2_approx(float x) { return log2f(detail::flush(x)); }
 
+inline float reciprocal_approx(float x) { return detail::flush(1.0f / detail::flush(x)); }
+
 // ---- global memory
 // -------------------------------------------------------------------------------------------
 

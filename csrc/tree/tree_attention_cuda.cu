@@ -107,6 +107,8 @@ Plan make_plan(const TreeAttentionParams& p) {
   l.p = p;
   // A single node is its own path, and its slot is its position.
   l.p.exact = p.exact && p.nodes > 1;
+  const double base_2 = double(p.scale) * 1.4426950408889634;
+  l.score_factor = float(p.softcap > 0 ? 2.0 * base_2 / p.softcap : base_2);
   l.group = p.heads_q / p.heads_kv;
   l.rows = p.nodes * l.group;
   plan.variant = choose(p, l.rows);
@@ -121,8 +123,8 @@ Plan make_plan(const TreeAttentionParams& p) {
   l.all_slots = l.slots + (l.p.exact ? int32_t(2 + (p.nodes + kChunkSlots - 2) / kChunkSlots + 1) : 0);
   l.aligned_kv = aligned(p.k_cache, p.k_stride, element_bytes(p.kv_type), 16) &&
                  aligned(p.v_cache, p.v_stride, element_bytes(p.kv_type), 16);
-  l.aligned_q = aligned(p.q, p.q_stride, element_bytes(p.q_type), 4) &&
-                aligned(p.out, p.out_stride, element_bytes(p.q_type), 4);
+  l.aligned_q = aligned(p.q, p.q_stride, element_bytes(p.q_type), 16);
+  l.aligned_out = aligned(p.out, p.out_stride, element_bytes(p.q_type), 4);
 
   plan.merge = l.splits > 1 || l.p.exact;
   plan.keep_segment = chunks > int64_t(kQuadChunks) * (l.splits == 1 ? 0 : l.splits);

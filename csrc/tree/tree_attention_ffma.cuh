@@ -45,11 +45,10 @@ class FfmaEngine {
 
   __device__ __forceinline__ FfmaEngine(const Block& block, unsigned char* scratch)
       : block_(block),
-        scale_(block.plan.p.scale),
+        map_(block.plan, block.h),
         queries_(reinterpret_cast<float*>(scratch)),
         weights_(queries_ + Traits::kBlockRows * Traits::kRowFloats) {
     const TreeAttentionParams& p = block.plan.p;
-    if (p.k_scale != nullptr) scale_ = ptx::mul(scale_, p.k_scale[block.h]);
     // Read after the barriers that stand before the first tile.
     for (int i = int(threadIdx.x); i < Traits::kBlockRows * p.head_dim; i += Traits::kThreads) {
       const int r = i / p.head_dim, d = i % p.head_dim, packed = block.first_row + r;
@@ -154,15 +153,13 @@ class FfmaEngine {
         }
       }
     }
-    const float softcap = block_.plan.p.softcap;
-    const float factor = softcap > 0.0f ? scale_ : ptx::mul(scale_, kLog2e);
 #pragma unroll
     for (int r = 0; r < Traits::kRows; ++r) {
       float top = chunk.m[r];
 #pragma unroll
       for (int j = 0; j < Traits::kKeys; ++j) {
-        float x = ptx::mul(s[r][j], factor);
-        if (softcap > 0.0f) x = cap(x, softcap);
+        float x = ptx::mul(s[r][j], map_.factor);
+        if (map_.bound > 0.0f) x = map_.cap(x);
         x = (mask[r] >> (part() + j * Traits::kRowThreads)) & 1 ? x : kMinusInfinity;
         s[r][j] = x;
         top = fmaxf(top, x);
@@ -220,7 +217,7 @@ class FfmaEngine {
   }
 
   const Block& block_;
-  float scale_;
+  ScoreMap map_;
   float* queries_;
   float* weights_;
 };

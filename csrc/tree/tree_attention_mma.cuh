@@ -78,10 +78,8 @@ class MmaEngine {
   State<Traits> chunk;
 
   __device__ __forceinline__ MmaEngine(const Block& block, unsigned char* scratch)
-      : block_(block), scale_(block.plan.p.scale), bad_rows_(reinterpret_cast<uint32_t*>(scratch)) {
+      : block_(block), map_(block.plan, block.h), warp_(uniform(int(threadIdx.x) / 32)), bad_rows_(reinterpret_cast<uint32_t*>(scratch)) {
     if (threadIdx.x < 4) bad_rows_[threadIdx.x] = 0;
-    const TreeAttentionParams& p = block.plan.p;
-    if (p.k_scale != nullptr) scale_ = ptx::mul(scale_, p.k_scale[block.h]);
     working_ = block.in_use(block.first_row + warp_row() * 16);
     load_queries();
   }
@@ -144,9 +142,9 @@ class MmaEngine {
   static constexpr int kSteps = Traits::kDim / 16;
 
   __device__ __forceinline__ static int lane() { return int(threadIdx.x) % 32; }
-  __device__ __forceinline__ static int warp_row() { return int(threadIdx.x) / 32 % Traits::kRowWarps; }
-  __device__ __forceinline__ static int warp_column() { return int(threadIdx.x) / 32 / Traits::kRowWarps; }
-  __device__ __forceinline__ static int first_column() { return warp_column() * (Traits::kVectors * 8); }
+  __device__ __forceinline__ int warp_row() const { return warp_ % Traits::kRowWarps; }
+  __device__ __forceinline__ int warp_column() const { return warp_ / Traits::kRowWarps; }
+  __device__ __forceinline__ int first_column() const { return warp_column() * (Traits::kVectors * 8); }
 
   __device__ __forceinline__ static unsigned char* unit(unsigned char* tile, int row, int u) {
     return tile + row * Traits::kRowBytes + ((u ^ (row & 7)) * 16);
@@ -158,35 +156,31 @@ class MmaEngine {
     return ring + (stage - ring) / 2;
   }
 
-  // A operand: lane l holds rows l/4 and l/4 + 8, columns 2 (l%4) and 2 (l%4) + 8 of each 16 x 16 block.
+  // Through the ring, which is still empty: row by row, 16 bytes at a time, and from there as A operands.
   __device__ __forceinline__ void load_queries() {
     const TreeAttentionParams& p = block_.plan.p;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int packed = row(i);
-      const bool valid = block_.in_use(packed);
-      const T* source = static_cast<const T*>(p.q);
-      if (valid) {
-        source += block_.b * p.q_stride[0] + packed / block_.plan.group * p.q_stride[1] +
-                  (int64_t(block_.h) * block_.plan.group + packed % block_.plan.group) * p.q_stride[2];
-      }
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-        for (int part = 0; part < 2; ++part) {
-          const int column = step * 16 + part * 8 + lane() % 4 * 2;
-          uint32_t pair = 0;
-          if (valid && column < p.head_dim) {
-            if (block_.plan.aligned_q) {
-              pair = *reinterpret_cast<const uint32_t*>(source + column);
-            } else {
-              pair = uint32_t(source[column + 1].bits) << 16 | source[column].bits;
-            }
-          }
-          queries_[step][part * 2 + i] = pair;
+    unsigned char* tile = dynamic_smem<unsigned char>();
+    static_assert(Traits::kBlockRows * Traits::kRowBytes <= Traits::kStages * Traits::kStageBytes);
+#pragma unroll 1
+    for (int i = int(threadIdx.x); i < Traits::kBlockRows * Traits::kUnits; i += Traits::kThreads) {
+      const int packed = block_.first_row + i / Traits::kUnits, u = i % Traits::kUnits;
+      uint4 x = {0, 0, 0, 0};
+      if (block_.in_use(packed) && u * 8 < p.head_dim) {
+        const int64_t head = int64_t(block_.h) * block_.plan.group + packed % block_.plan.group;
+        const T* source = static_cast<const T*>(p.q) + block_.b * p.q_stride[0] +
+                          packed / block_.plan.group * p.q_stride[1] + head * p.q_stride[2] + u * 8;
+        if (block_.plan.aligned_q) {
+          x = *reinterpret_cast<const uint4*>(source);
+        } else {
+          x = gather<2>(reinterpret_cast<const unsigned char*>(source), true);
         }
       }
+      *reinterpret_cast<uint4*>(unit(tile, i / Traits::kUnits, u)) = x;
     }
+    __syncthreads();
+    const int row = warp_row() * 16 + lane() / 8 % 2 * 8 + lane() % 8;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) ptx::ldmatrix_x4(queries_[step], unit(tile, row, step * 2 + lane() / 16));
   }
 
   // kBytes: of an element. A unit is 16 bytes as stored in the cache.
@@ -320,20 +314,27 @@ class MmaEngine {
   // Scores to weights; the state is rescaled to the new maximum, which masked keys do not touch.
   template <bool kMasked>
   __device__ __forceinline__ void softmax(float (&s)[kScoreGroups][4], const uint64_t (&mask)[2]) {
-    const float softcap = block_.plan.p.softcap;
-    const float factor = softcap > 0.0f ? scale_ : ptx::mul(scale_, kLog2e);
     float top[2] = {chunk.m[0], chunk.m[1]};
 #pragma unroll
     for (int j = 0; j < kScoreGroups; ++j) {
 #pragma unroll
+      for (int e = 0; e < 4; ++e) s[j][e] = ptx::mul(s[j][e], map_.factor);
+    }
+    if (map_.bound > 0.0f) {
+#pragma unroll
+      for (int j = 0; j < kScoreGroups; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[j][e] = map_.cap(s[j][e]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kScoreGroups; ++j) {
+#pragma unroll
       for (int e = 0; e < 4; ++e) {
-        float x = ptx::mul(s[j][e], factor);
-        if (softcap > 0.0f) x = cap(x, softcap);
         if constexpr (kMasked) {
-          x = (mask[e / 2] >> (j * 8 + lane() % 4 * 2 + e % 2)) & 1 ? x : kMinusInfinity;
+          if (((mask[e / 2] >> (j * 8 + lane() % 4 * 2 + e % 2)) & 1) == 0) s[j][e] = kMinusInfinity;
         }
-        s[j][e] = x;
-        top[e / 2] = fmaxf(top[e / 2], x);
+        top[e / 2] = fmaxf(top[e / 2], s[j][e]);
       }
     }
     float base[2];
@@ -383,7 +384,8 @@ class MmaEngine {
   }
 
   const Block& block_;
-  float scale_;
+  ScoreMap map_;
+  int warp_;
   uint32_t* bad_rows_;
   int parity_ = 0;
   bool working_;

@@ -219,6 +219,7 @@ class Stream {
     }
     __syncthreads();
 
+    engine_.begin_chunk();
     // Turn t starts the copy of tile t and computes tile t - (kStages - 1).
     int fill = 0, stage = 0;
 #pragma unroll 1
@@ -240,7 +241,6 @@ class Stream {
       fill = fill + 1 == kStages ? 0 : fill + 1;
       if (now < first) continue;
 
-      if (now == first || now % (kChunkSlots / kTile) == 0) engine_.begin_chunk();
       const int from = now * kTile;
       const bool full = from >= block_.keys.full_from && from + kTile <= block_.keys.length;
       engine_.tile(smem_ + stage * Traits::kStageBytes, from, full);
@@ -251,6 +251,7 @@ class Stream {
       if (complete || at_end) {
         engine_.end_chunk();
         join((now + 1) / (kChunkSlots / kTile), complete, at_end && !open, top);
+        if (!at_end) engine_.begin_chunk();
       }
     }
     ptx::cp_async_wait<0>();
@@ -304,7 +305,7 @@ __device__ __forceinline__ void attend_paths(const TreeAttentionLaunch& plan) {
 
   const TreeAttentionParams& p = plan.p;
   const int64_t* ancestors = p.ancestors + (int64_t(b) * p.nodes + node) * p.words;
-  const int end = sequence.length + path_length(ancestors, node);
+  const int end = sequence.length + uniform(path_length(ancestors, node));
   const int low = p.window > 0 && p.window <= end ? int(end - p.window) : 0;
   const int first_row = node * plan.group + int(blockIdx.x) % blocks_per_node * Traits::kBlockRows;
   unsigned char* smem = dynamic_smem<unsigned char>();
