@@ -261,6 +261,7 @@ struct StoredState {
 #pragma unroll
       for (int v = 0; v < Layout::kVectors; ++v) {
         if (Layout::row_of(v, 0) / 2 != r / 2) continue;
+        if (v % 4 == 0) __syncwarp();  // nothing is loaded ahead of this: registers are short here
         Float4 a = word(v);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
