@@ -1,5 +1,5 @@
 // The arithmetic of tree_attention for float32: plain fused multiply-adds, since TF32 would round the inputs to 11
-// bits. Every score is one chain over the head size and every output one chain over the keys, both in order.
+// bits. Every score is four chains over the head size (d mod 4), every output one chain over the keys of a chunk.
 //
 // 16 threads share a row: thread c of them has keys c, c + 16, ... of the tile, and columns 4c..4c+3 of every 64. So
 // a row's maximum is a matter of 16 lanes, and its weights cross shared memory within half a warp.
@@ -133,7 +133,7 @@ class FfmaEngine {
   }
 
   __device__ __forceinline__ void weigh(const float* keys, const uint64_t (&mask)[Traits::kRows]) {
-    float s[Traits::kRows][Traits::kKeys] = {};
+    float sums[Traits::kRows][Traits::kKeys][4] = {};
     const float* queries = queries_ + local_row(0) * Traits::kRowFloats;
 #pragma unroll 4
     for (int d = 0; d < block_.plan.p.head_dim; d += 4) {
@@ -149,19 +149,21 @@ class FfmaEngine {
 #pragma unroll
         for (int r = 0; r < Traits::kRows; ++r) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) s[r][j] = fmaf(q[r].v[e], k.v[e], s[r][j]);
+          for (int e = 0; e < 4; ++e) sums[r][j][e] = fmaf(q[r].v[e], k.v[e], sums[r][j][e]);
         }
       }
     }
 #pragma unroll
     for (int r = 0; r < Traits::kRows; ++r) {
+      float s[Traits::kKeys];
       float top = chunk.m[r];
 #pragma unroll
       for (int j = 0; j < Traits::kKeys; ++j) {
-        float x = ptx::mul(s[r][j], map_.factor);
+        const float(&sum)[4] = sums[r][j];
+        float x = ptx::mul((sum[0] + sum[1]) + (sum[2] + sum[3]), map_.factor);
         if (map_.bound > 0.0f) x = map_.cap(x);
         x = (mask[r] >> (part() + j * Traits::kRowThreads)) & 1 ? x : kMinusInfinity;
-        s[r][j] = x;
+        s[j] = x;
         top = fmaxf(top, x);
       }
 #pragma unroll
@@ -183,7 +185,7 @@ class FfmaEngine {
 #pragma unroll
       for (int j = 0; j < Traits::kKeys; ++j) {
         weights_[local_row(r) * Traits::kWeightFloats + part() + j * Traits::kRowThreads] =
-            ptx::exp2_approx(s[r][j] - base);
+            ptx::exp2_approx(s[j] - base);
       }
     }
   }
