@@ -175,7 +175,7 @@ class Stream {
     for (int r = 0; r < Traits::kRows; ++r) {
       const int row = ptx::opaque(engine_.row(r));
       if (row >= block_.end_row) continue;
-      const float sum = engine_.chunk.l[r];
+      const float sum = block_.in_use(row) ? engine_.chunk.l[r] : 0.0f;  // rows past n_nodes give zeros
       const float factor =
           finish_row(plan, block_.b, block_.h, row, engine_.chunk.m[r], sum, engine_.writes_stats());
       T* out = out_row<T>(plan, block_.b, block_.h, row);
