@@ -209,6 +209,20 @@ __device__ __forceinline__ float log2_approx(float x) {
   return d;
 }
 
+// 1 / x, at most 1 ulp wrong; subnormal arguments and results count as zero.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float d;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+  return d;
+}
+
+// x, of which the compiler knows nothing: what is computed from it stays where it is written, rather than in
+// registers for the whole of a loop around it.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- global memory -------------------------------------------------------------------------------------------
 
 // 16 bytes that nobody writes while the kernel runs, read past L1 so that streams do not displace it.

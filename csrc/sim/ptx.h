@@ -156,6 +156,8 @@ inline uint32_t pack(float low, float high) {
 // A product rounded on its own, never contracted with what it is added to.
 inline float mul(float a, float b) { return a * b; }
 
+inline int opaque(int x) { return x; }
+
 namespace detail {
 
 // ".ftz": subnormals are zeros, on the way in and on the way out.
@@ -169,6 +171,8 @@ inline float flush(float x) {
 inline float exp2_approx(float x) { return detail::flush(exp2f(detail::flush(x))); }
 
 inline float log2_approx(float x) { return log2f(detail::flush(x)); }
+
+inline float reciprocal_approx(float x) { return detail::flush(1.0f / detail::flush(x)); }
 
 // ---- global memory
 // -------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ struct TreeAttentionLaunch {
   float* partial_out;      // [B, Hkv, all_slots, R, D] not yet divided by the sum
   float* partial_stats;    // [B, Hkv, all_slots, R, 2] maximum (base 2, scaled) and sum
   float* running;          // [blocks, 2] stored states of blocks that own sequences or segments; thread-private
+  float score_factor;      // scale * log2 e, or scale * 2 log2 e / softcap
   int32_t group, rows;     // Hq / Hkv, N * group
   int32_t row_blocks;      // blocks over the packed rows
   int32_t splits;          // blocks over the chunks of a sequence
@@ -42,10 +43,15 @@ struct TreeAttentionLaunch {
   int32_t all_slots;       // slots; with exact then the open quad, the open segment, and the tail's chunks
   bool paths;              // exact's second pass: a block takes one node and walks its own path
   bool aligned_kv;         // 16-byte loads are possible
-  bool aligned_q;          // 4-byte loads of q and stores of out are possible
+  bool aligned_q;          // 16-byte loads of q are possible
+  bool aligned_out;        // 4-byte stores of out are possible
 };
 
 TRANCHE_HD int clamp_int(int x, int low, int high) { return x < low ? low : (x > high ? high : x); }
+
+// A value that all lanes of the warp have, as the compiler can see: the branches on it then do not divide the warp,
+// and shuffles behind them need no precautions.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 // What a sequence asks for: the same answer in every kernel of a launch.
 struct Sequence {
@@ -57,8 +63,8 @@ struct Sequence {
 
   __device__ __forceinline__ Sequence(const TreeAttentionLaunch& plan, int b) {
     const TreeAttentionParams& p = plan.p;
-    nodes = clamp_int(p.n_nodes[b], 0, p.nodes < p.capacity ? p.nodes : p.capacity);
-    length = clamp_int(p.cache_seqlens[b], 0, p.capacity - nodes);
+    nodes = uniform(clamp_int(p.n_nodes[b], 0, p.nodes < p.capacity ? p.nodes : p.capacity));
+    length = uniform(clamp_int(p.cache_seqlens[b], 0, p.capacity - nodes));
     // From chunk length / 256 on, exact leaves everything to the second pass.
     chunk_end = p.exact ? length / kChunkSlots : (length + nodes + kChunkSlots - 1) / kChunkSlots;
     first_chunk = 0;
@@ -136,7 +142,7 @@ __device__ __forceinline__ uint64_t visible_keys(const TreeAttentionLaunch& plan
 }
 
 // Nodes on the path to `node`, itself included; only ancestors up to the node itself count.
-__device__ __forceinline__ int path_length(const TreeAttentionParams& p, const int64_t* ancestors, int node) {
+__device__ __forceinline__ int path_length(const int64_t* ancestors, int node) {
   int length = 0;
   for (int w = 0; w <= node / 64; ++w) {
     length += __popcll(uint64_t(ancestors[w]) & low_bits(int64_t(node) - w * 64 + 1));
@@ -255,6 +261,7 @@ struct StoredState {
 #pragma unroll
       for (int v = 0; v < Layout::kVectors; ++v) {
         if (Layout::row_of(v, 0) / 2 != r / 2) continue;
+        if (v % 4 == 0) __syncwarp();  // nothing is loaded ahead of this: registers are short here
         Float4 a = word(v);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -284,21 +291,34 @@ __device__ __forceinline__ float finish_row(const TreeAttentionLaunch& plan, int
   if (l == 0.0f) return 0.0f;
   float total = l;
   if (p.sinks != nullptr) total += ptx::exp2_approx(ptx::mul(p.sinks[head], kLog2e) - m);
-  return (p.v_scale != nullptr ? p.v_scale[h] : 1.0f) / total;
+  const float factor = ptx::reciprocal_approx(total);
+  return p.v_scale != nullptr ? ptx::mul(factor, p.v_scale[h]) : factor;
 }
 
-// tanh bounds a score before the mask; in base 2 and scaled, as scores are from here on. e^2y = 2^(2y log2 e).
-__device__ __forceinline__ float cap(float score, float softcap) {
-  const float power = ptx::exp2_approx(ptx::mul(score / softcap, 2.0f * kLog2e));
-  const float tanh = 1.0f - 2.0f / (power + 1.0f);
-  return ptx::mul(tanh, ptx::mul(softcap, kLog2e));
-}
+// A score to base 2: times scale and log2 e; with a softcap, softcap * tanh(score * scale / softcap) times log2 e,
+// where e^2y = 2^(2y log2 e).
+struct ScoreMap {
+  float factor;  // of q k: to base 2, or to the exponent of tanh
+  float bound;   // softcap * log2 e, or 0
+
+  __device__ __forceinline__ ScoreMap(const TreeAttentionLaunch& plan, int h) {
+    const TreeAttentionParams& p = plan.p;
+    factor = plan.score_factor;
+    if (p.k_scale != nullptr) factor = ptx::mul(factor, p.k_scale[h]);
+    bound = ptx::mul(p.softcap, kLog2e);
+  }
+
+  __device__ __forceinline__ float cap(float x) const {
+    const float tanh = fmaf(-2.0f, ptx::reciprocal_approx(ptx::exp2_approx(x) + 1.0f), 1.0f);
+    return ptx::mul(tanh, bound);
+  }
+};
 
 template <class T>
 __device__ __forceinline__ void store_pair(const TreeAttentionLaunch& plan, T* out, float x, float y) {
   if constexpr (sizeof(T) == 2) {
     const uint32_t pair = ptx::pack<T>(x, y);
-    if (plan.aligned_q) {
+    if (plan.aligned_out) {
       *reinterpret_cast<uint32_t*>(out) = pair;
     } else {
       out[0] = {uint16_t(pair)};

@@ -1,10 +1,11 @@
 // Plans and launches tree_attention: which variant, how many blocks, where partial results go.
-#include "tree/tree_attention_ffma.cuh"
 #include "tree/tree_attention_merge.cuh"
-#include "tree/tree_attention_mma.cuh"
+#include "tree/tree_attention_variants.h"
 
 namespace tranche::cuda {
 namespace {
+
+using Variant = TreeAttentionVariant;
 
 // Two blocks for each of an H200's 132 streaming multiprocessors. More splits than that only add partial results.
 constexpr int64_t kBusyBlocks = 264;
@@ -13,75 +14,11 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr size_t align_256(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
-using Kernel = void (*)(TreeAttentionLaunch);
-
-// One instantiation, as the planner sees it.
-struct Variant {
-  const char* name;
-  Kernel kernel, paths;  // paths: null unless this variant serves exact's second pass
-  int threads, rows;
-  int smem, smem_with_segment;
-  int stored_bytes;
-};
-
-template <class Traits>
-constexpr Variant variant_of(const char* name, Kernel kernel, Kernel paths) {
-  using Memory = StreamMemory<Traits>;
-  return {name,           kernel,
-          paths,          Traits::kThreads,
-          Traits::kBlockRows, Memory::kBytes,
-          Memory::kBytesWithSegment, StoredState<Traits>::kBytes};
-}
-
-template <class T, int kDim, int kRowWarps, int kColumnWarps>
-Variant mma_variant() {
-  using Traits = MmaTraits<T, kDim, kRowWarps, kColumnWarps>;
-  if constexpr (kRowWarps == 1) {
-    return variant_of<Traits>("tree_attention_mma", tree_attention_mma<Traits>, tree_attention_mma_paths<Traits>);
-  } else {
-    return variant_of<Traits>("tree_attention_mma", tree_attention_mma<Traits>, nullptr);
-  }
-}
-
-template <int kDim, int kThreadRows>
-Variant ffma_variant() {
-  using Traits = FfmaTraits<kDim, kThreadRows>;
-  if constexpr (kThreadRows == 2) {
-    return variant_of<Traits>("tree_attention_ffma", tree_attention_ffma<Traits>, tree_attention_ffma_paths<Traits>);
-  } else {
-    return variant_of<Traits>("tree_attention_ffma", tree_attention_ffma<Traits>, nullptr);
-  }
-}
-
-// The smallest variant of a family also walks the paths of exact: its blocks have one node each.
-template <class T>
-Variant choose_mma(int head_dim, int64_t rows) {
-  const bool few_rows = rows <= 16;    // decoding, a narrow tree: one row tile, its columns split among warps
-  const bool many_rows = rows > 64;    // half the traffic from L2 per product
-  if (head_dim <= 64) {
-    return few_rows ? mma_variant<T, 64, 1, 4>() : many_rows ? mma_variant<T, 64, 8, 1>() : mma_variant<T, 64, 4, 1>();
-  }
-  if (head_dim <= 128) {
-    return few_rows    ? mma_variant<T, 128, 1, 4>()
-           : many_rows ? mma_variant<T, 128, 8, 1>()
-                       : mma_variant<T, 128, 4, 1>();
-  }
-  // Two accumulators of 256 columns would fill the register file.
-  return few_rows ? mma_variant<T, 256, 1, 4>() : mma_variant<T, 256, 2, 2>();
-}
-
-Variant choose_ffma(int head_dim, int64_t rows) {
-  const bool few_rows = rows <= 16;
-  if (head_dim <= 64) return few_rows ? ffma_variant<64, 2>() : ffma_variant<64, 4>();
-  if (head_dim <= 128) return few_rows ? ffma_variant<128, 2>() : ffma_variant<128, 4>();
-  return ffma_variant<256, 2>();
-}
-
 Variant choose(const TreeAttentionParams& p, int64_t rows) {
   switch (p.q_type) {
-    case DType::f16: return choose_mma<half>(p.head_dim, rows);
-    case DType::bf16: return choose_mma<bf16>(p.head_dim, rows);
-    case DType::f32: return choose_ffma(p.head_dim, rows);
+    case DType::f16: return tree_attention_f16(p.head_dim, rows);
+    case DType::bf16: return tree_attention_bf16(p.head_dim, rows);
+    case DType::f32: return tree_attention_f32(p.head_dim, rows);
     default: throw std::invalid_argument("tranche: tree_attention: no CUDA kernel for this dtype");
   }
 }
@@ -108,6 +45,8 @@ Plan make_plan(const TreeAttentionParams& p) {
   l.p = p;
   // A single node is its own path, and its slot is its position.
   l.p.exact = p.exact && p.nodes > 1;
+  const double base_2 = double(p.scale) * 1.4426950408889634;
+  l.score_factor = float(p.softcap > 0 ? 2.0 * base_2 / p.softcap : base_2);
   l.group = p.heads_q / p.heads_kv;
   l.rows = p.nodes * l.group;
   plan.variant = choose(p, l.rows);
@@ -122,8 +61,8 @@ Plan make_plan(const TreeAttentionParams& p) {
   l.all_slots = l.slots + (l.p.exact ? int32_t(2 + (p.nodes + kChunkSlots - 2) / kChunkSlots + 1) : 0);
   l.aligned_kv = aligned(p.k_cache, p.k_stride, element_bytes(p.kv_type), 16) &&
                  aligned(p.v_cache, p.v_stride, element_bytes(p.kv_type), 16);
-  l.aligned_q = aligned(p.q, p.q_stride, element_bytes(p.q_type), 4) &&
-                aligned(p.out, p.out_stride, element_bytes(p.q_type), 4);
+  l.aligned_q = aligned(p.q, p.q_stride, element_bytes(p.q_type), 16);
+  l.aligned_out = aligned(p.out, p.out_stride, element_bytes(p.q_type), 4);
 
   plan.merge = l.splits > 1 || l.p.exact;
   plan.keep_segment = chunks > int64_t(kQuadChunks) * (l.splits == 1 ? 0 : l.splits);
@@ -162,7 +101,7 @@ void tree_attention(const TreeAttentionParams& p, void* stream) {
   const Variant& v = plan.variant;
   const dim3 grid(unsigned(l.row_blocks) * unsigned(l.splits), unsigned(p.heads_kv), unsigned(p.batch));
   launch(v.name, v.kernel,
-         {grid, dim3(unsigned(v.threads)), size_t(plan.keep_segment ? v.smem_with_segment : v.smem)}, stream, l);
+         {grid, dim3(unsigned(v.threads)), size_t(v.smem)}, stream, l);
 
   if (l.p.exact) {
     const Variant path = choose(p, 1);

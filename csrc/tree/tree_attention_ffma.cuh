@@ -1,5 +1,5 @@
 // The arithmetic of tree_attention for float32: plain fused multiply-adds, since TF32 would round the inputs to 11
-// bits. Every score is one chain over the head size and every output one chain over the keys, both in order.
+// bits. Every score is four chains over the head size (d mod 4), every output one chain over the keys of a chunk.
 //
 // 16 threads share a row: thread c of them has keys c, c + 16, ... of the tile, and columns 4c..4c+3 of every 64. So
 // a row's maximum is a matter of 16 lanes, and its weights cross shared memory within half a warp.
@@ -26,14 +26,13 @@ struct FfmaTraits {
   static constexpr int kStageBytes = 2 * kTileBytes;  // K, then V
   static constexpr int kWeightFloats = kTile + 4;
   static constexpr int kScratchBytes = kBlockRows * (kRowFloats + kWeightFloats) * 4;  // q, weights
-  static constexpr bool kSegmentInShared = true;
 
   // Layout of State: acc[r * kColumns + c] is columns 64 c + 4 (thread % 16).. of the thread's row r.
   static constexpr int kColumns = kDim / (4 * kRowThreads);
   static constexpr int kVectors = kThreadRows * kColumns;
   static constexpr int kRows = kThreadRows;
   static constexpr bool kWideVectors = true;
-  static constexpr int row_of(int v, int) { return v / kColumns; }
+  static constexpr TRANCHE_HD int row_of(int v, int) { return v / kColumns; }
 
   static_assert(kDim % 64 == 0 && kTile % kRowThreads == 0 && kRows % 2 == 0);
 };
@@ -46,11 +45,10 @@ class FfmaEngine {
 
   __device__ __forceinline__ FfmaEngine(const Block& block, unsigned char* scratch)
       : block_(block),
-        scale_(block.plan.p.scale),
+        map_(block.plan, block.h),
         queries_(reinterpret_cast<float*>(scratch)),
         weights_(queries_ + Traits::kBlockRows * Traits::kRowFloats) {
     const TreeAttentionParams& p = block.plan.p;
-    if (p.k_scale != nullptr) scale_ = ptx::mul(scale_, p.k_scale[block.h]);
     // Read after the barriers that stand before the first tile.
     for (int i = int(threadIdx.x); i < Traits::kBlockRows * p.head_dim; i += Traits::kThreads) {
       const int r = i / p.head_dim, d = i % p.head_dim, packed = block.first_row + r;
@@ -97,20 +95,22 @@ class FfmaEngine {
   __device__ __forceinline__ void begin_chunk() { chunk.clear(); }
   __device__ __forceinline__ void end_chunk() {}
 
-  template <bool kMasked>
-  __device__ __forceinline__ void tile(unsigned char* stage, int first) {
+  __device__ __forceinline__ void tile(unsigned char* stage, int first, bool full) {
     const float* keys = reinterpret_cast<const float*>(stage);
     const float* values = keys + Traits::kTileBytes / 4;
-    uint64_t mask[Traits::kRows] = {};
-    if constexpr (kMasked) {
+    uint64_t mask[Traits::kRows];
 #pragma unroll
-      for (int r = 0; r < Traits::kRows; ++r) {
-        mask[r] = visible_keys(block_.plan, block_.keys, block_.row(row(r)), block_.b, first);
-      }
+    for (int r = 0; r < Traits::kRows; ++r) {
+      mask[r] = full ? ~uint64_t(0)
+                     : visible_keys(block_.plan, block_.keys, block_.row(row(r)), block_.b, first);
     }
-    weigh<kMasked>(keys, mask);
+    weigh(keys, mask);
     __syncwarp();
-    accumulate<kMasked>(values, mask);
+    if (full) {
+      accumulate<false>(values, mask);
+    } else {
+      accumulate<true>(values, mask);
+    }
     __syncwarp();  // the weights are overwritten in the next tile
   }
 
@@ -132,9 +132,8 @@ class FfmaEngine {
     }
   }
 
-  template <bool kMasked>
   __device__ __forceinline__ void weigh(const float* keys, const uint64_t (&mask)[Traits::kRows]) {
-    float s[Traits::kRows][Traits::kKeys] = {};
+    float sums[Traits::kRows][Traits::kKeys][4] = {};
     const float* queries = queries_ + local_row(0) * Traits::kRowFloats;
 #pragma unroll 4
     for (int d = 0; d < block_.plan.p.head_dim; d += 4) {
@@ -150,21 +149,21 @@ class FfmaEngine {
 #pragma unroll
         for (int r = 0; r < Traits::kRows; ++r) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) s[r][j] = fmaf(q[r].v[e], k.v[e], s[r][j]);
+          for (int e = 0; e < 4; ++e) sums[r][j][e] = fmaf(q[r].v[e], k.v[e], sums[r][j][e]);
         }
       }
     }
-    const float softcap = block_.plan.p.softcap;
-    const float factor = softcap > 0.0f ? scale_ : ptx::mul(scale_, kLog2e);
 #pragma unroll
     for (int r = 0; r < Traits::kRows; ++r) {
+      float s[Traits::kKeys];
       float top = chunk.m[r];
 #pragma unroll
       for (int j = 0; j < Traits::kKeys; ++j) {
-        float x = ptx::mul(s[r][j], factor);
-        if (softcap > 0.0f) x = cap(x, softcap);
-        if constexpr (kMasked) x = (mask[r] >> (part() + j * Traits::kRowThreads)) & 1 ? x : kMinusInfinity;
-        s[r][j] = x;
+        const float(&sum)[4] = sums[r][j];
+        float x = ptx::mul((sum[0] + sum[1]) + (sum[2] + sum[3]), map_.factor);
+        if (map_.bound > 0.0f) x = map_.cap(x);
+        x = (mask[r] >> (part() + j * Traits::kRowThreads)) & 1 ? x : kMinusInfinity;
+        s[j] = x;
         top = fmaxf(top, x);
       }
 #pragma unroll
@@ -186,7 +185,7 @@ class FfmaEngine {
 #pragma unroll
       for (int j = 0; j < Traits::kKeys; ++j) {
         weights_[local_row(r) * Traits::kWeightFloats + part() + j * Traits::kRowThreads] =
-            ptx::exp2_approx(s[r][j] - base);
+            ptx::exp2_approx(s[j] - base);
       }
     }
   }
@@ -220,20 +219,20 @@ class FfmaEngine {
   }
 
   const Block& block_;
-  float scale_;
+  ScoreMap map_;
   float* queries_;
   float* weights_;
 };
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
-    tree_attention_ffma(TreeAttentionLaunch plan) {
+    tree_attention_ffma(const __grid_constant__ TreeAttentionLaunch plan) {
   attend_first<FfmaEngine<Traits>>(plan);
 }
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
-    tree_attention_ffma_paths(TreeAttentionLaunch plan) {
+    tree_attention_ffma_paths(const __grid_constant__ TreeAttentionLaunch plan) {
   attend_paths<FfmaEngine<Traits>>(plan);
 }
 

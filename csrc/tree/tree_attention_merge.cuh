@@ -10,7 +10,7 @@ struct MergeTraits {
   static constexpr int kThreads = 128;
   static constexpr int kPrefetch = 8;  // partial results in flight: each is a trip to L2
   static constexpr int kVectors = 1, kRows = 1;
-  static constexpr int row_of(int, int) { return 0; }
+  static constexpr TRANCHE_HD int row_of(int, int) { return 0; }
 };
 
 class PartialMerger {
@@ -99,7 +99,7 @@ class PartialMerger {
 };
 
 template <class T>
-__global__ void __launch_bounds__(MergeTraits::kThreads) tree_attention_merge(TreeAttentionLaunch plan) {
+__global__ void __launch_bounds__(MergeTraits::kThreads) tree_attention_merge(const __grid_constant__ TreeAttentionLaunch plan) {
   const TreeAttentionParams& p = plan.p;
   const int b = int(blockIdx.z), h = int(blockIdx.y);
   const Sequence sequence(plan, b);
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(MergeTraits::kThreads) tree_attention_merge(Tr
     if (open) merger.resume(sequence.level, sequence.spans - 1);
     if (p.exact) {
       const int end = sequence.length +
-                      path_length(p, p.ancestors + (int64_t(b) * p.nodes + node) * p.words, node);
+                      path_length(p.ancestors + (int64_t(b) * p.nodes + node) * p.words, node);
       const int low = p.window > 0 && p.window <= end ? int(end - p.window) : 0;
       const int tail = sequence.length / kChunkSlots;
       const int first = max(tail, low / kChunkSlots);

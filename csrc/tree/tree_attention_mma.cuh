@@ -21,20 +21,19 @@ struct MmaTraits {
   static constexpr int kThreads = 32 * kRowWarps * kColumnWarps;
   static constexpr int kBlocksPerSm = kThreads <= 128 ? 2 : 1;
   static constexpr int kBlockRows = 16 * kRowWarps;
-  static constexpr int kTile = kDim <= 128 ? 64 : 32;
-  static constexpr int kStages = kDim <= 64 ? 4 : 3;
+  static constexpr int kTile = kDim <= 64 ? 64 : 32;
+  static constexpr int kStages = kDim <= 128 ? 4 : 3;
   static constexpr int kRowBytes = kDim * 2;
   static constexpr int kUnits = kRowBytes / 16;  // of a row
   static constexpr int kTileBytes = kTile * kRowBytes;
   static constexpr int kStageBytes = 2 * kTileBytes;  // K, then V
   static constexpr int kScratchBytes = 16;            // which rows of the tile hold non-finite values, twice
-  static constexpr bool kSegmentInShared = kRowWarps <= 4;  // 128 rows of 128 would not fit beside the ring
 
   // Layout of State.
   static constexpr int kVectors = kDim / kColumnWarps / 8;
   static constexpr int kRows = 2;
   static constexpr bool kWideVectors = false;  // acc[v][0..1] and acc[v][2..3]: two columns of two rows
-  static constexpr int row_of(int, int e) { return e / 2; }
+  static constexpr TRANCHE_HD int row_of(int, int e) { return e / 2; }
 
   static_assert(sizeof(T) == 2);
   static_assert(kDim == 64 || kDim == 128 || kDim == 256, "a row is a whole number of swizzle periods");
@@ -79,10 +78,8 @@ class MmaEngine {
   State<Traits> chunk;
 
   __device__ __forceinline__ MmaEngine(const Block& block, unsigned char* scratch)
-      : block_(block), scale_(block.plan.p.scale), bad_rows_(reinterpret_cast<uint32_t*>(scratch)) {
+      : block_(block), map_(block.plan, block.h), warp_(uniform(int(threadIdx.x) / 32)), bad_rows_(reinterpret_cast<uint32_t*>(scratch)) {
     if (threadIdx.x < 4) bad_rows_[threadIdx.x] = 0;
-    const TreeAttentionParams& p = block.plan.p;
-    if (p.k_scale != nullptr) scale_ = ptx::mul(scale_, p.k_scale[block.h]);
     working_ = block.in_use(block.first_row + warp_row() * 16);
     load_queries();
   }
@@ -112,35 +109,32 @@ class MmaEngine {
     chunk.l[1] = sum_[2];
   }
 
-  template <bool kMasked>
-  __device__ __forceinline__ void tile(unsigned char* stage, int first) {
+  // `full`: every row sees every key.
+  __device__ __forceinline__ void tile(unsigned char* stage, int first, bool full) {
     unsigned char* keys = stage;
     unsigned char* values = stage + Traits::kTileBytes;
     if (block_.plan.p.kv_type == DType::e4m3) {
       unsigned char* bytes = byte_stage(stage);
-      unsigned char* wide = dynamic_smem<unsigned char>() + (Traits::kStages - 1) * Traits::kStageBytes;
-      widen(bytes, wide);
-      widen(bytes + Traits::kTileBytes / 2, wide + Traits::kTileBytes);
-      keys = wide;
-      values = wide + Traits::kTileBytes;
+      keys = dynamic_smem<unsigned char>() + (Traits::kStages - 1) * Traits::kStageBytes;
+      values = keys + Traits::kTileBytes;
+      widen(bytes, keys);  // and the values behind them: two tiles of bytes become two tiles
       __syncthreads();
     }
-    uint64_t bad = 0;
-    if constexpr (kMasked) bad = clear_non_finite(values);
+    const uint64_t bad = full ? 0 : clear_non_finite(values);
     if (!working_) return;
 
     float s[kScoreGroups][4];
     scores(keys, s);
     uint64_t mask[2] = {};
-    if constexpr (kMasked) {
+    if (full) {
+      softmax<false>(s, mask);
+    } else {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) mask[i] = visible_keys(block_.plan, block_.keys, block_.row(row(i)), block_.b, first);
+      for (int i = 0; i < 2; ++i) mask[i] = visible_keys(block_.plan, block_.keys, block_.row(ptx::opaque(row(i))), block_.b, first);
+      softmax<true>(s, mask);
     }
-    softmax<kMasked>(s, mask);
     accumulate(values, s);
-    if constexpr (kMasked) {
-      if (bad != 0) add_non_finite(bad, mask, first);
-    }
+    if (bad != 0) add_non_finite(bad, mask, first);
   }
 
  private:
@@ -148,9 +142,9 @@ class MmaEngine {
   static constexpr int kSteps = Traits::kDim / 16;
 
   __device__ __forceinline__ static int lane() { return int(threadIdx.x) % 32; }
-  __device__ __forceinline__ static int warp_row() { return int(threadIdx.x) / 32 % Traits::kRowWarps; }
-  __device__ __forceinline__ static int warp_column() { return int(threadIdx.x) / 32 / Traits::kRowWarps; }
-  __device__ __forceinline__ static int first_column() { return warp_column() * (Traits::kVectors * 8); }
+  __device__ __forceinline__ int warp_row() const { return warp_ % Traits::kRowWarps; }
+  __device__ __forceinline__ int warp_column() const { return warp_ / Traits::kRowWarps; }
+  __device__ __forceinline__ int first_column() const { return warp_column() * (Traits::kVectors * 8); }
 
   __device__ __forceinline__ static unsigned char* unit(unsigned char* tile, int row, int u) {
     return tile + row * Traits::kRowBytes + ((u ^ (row & 7)) * 16);
@@ -162,35 +156,31 @@ class MmaEngine {
     return ring + (stage - ring) / 2;
   }
 
-  // A operand: lane l holds rows l/4 and l/4 + 8, columns 2 (l%4) and 2 (l%4) + 8 of each 16 x 16 block.
+  // Through the ring, which is still empty: row by row, 16 bytes at a time, and from there as A operands.
   __device__ __forceinline__ void load_queries() {
     const TreeAttentionParams& p = block_.plan.p;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int packed = row(i);
-      const bool valid = block_.in_use(packed);
-      const T* source = static_cast<const T*>(p.q);
-      if (valid) {
-        source += block_.b * p.q_stride[0] + packed / block_.plan.group * p.q_stride[1] +
-                  (int64_t(block_.h) * block_.plan.group + packed % block_.plan.group) * p.q_stride[2];
-      }
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-        for (int part = 0; part < 2; ++part) {
-          const int column = step * 16 + part * 8 + lane() % 4 * 2;
-          uint32_t pair = 0;
-          if (valid && column < p.head_dim) {
-            if (block_.plan.aligned_q) {
-              pair = *reinterpret_cast<const uint32_t*>(source + column);
-            } else {
-              pair = uint32_t(source[column + 1].bits) << 16 | source[column].bits;
-            }
-          }
-          queries_[step][part * 2 + i] = pair;
+    unsigned char* tile = dynamic_smem<unsigned char>();
+    static_assert(Traits::kBlockRows * Traits::kRowBytes <= Traits::kStages * Traits::kStageBytes);
+#pragma unroll 1
+    for (int i = int(threadIdx.x); i < Traits::kBlockRows * Traits::kUnits; i += Traits::kThreads) {
+      const int packed = block_.first_row + i / Traits::kUnits, u = i % Traits::kUnits;
+      uint4 x = {0, 0, 0, 0};
+      if (block_.in_use(packed) && u * 8 < p.head_dim) {
+        const int64_t head = int64_t(block_.h) * block_.plan.group + packed % block_.plan.group;
+        const T* source = static_cast<const T*>(p.q) + block_.b * p.q_stride[0] +
+                          packed / block_.plan.group * p.q_stride[1] + head * p.q_stride[2] + u * 8;
+        if (block_.plan.aligned_q) {
+          x = *reinterpret_cast<const uint4*>(source);
+        } else {
+          x = gather<2>(reinterpret_cast<const unsigned char*>(source), true);
         }
       }
+      *reinterpret_cast<uint4*>(unit(tile, i / Traits::kUnits, u)) = x;
     }
+    __syncthreads();
+    const int row = warp_row() * 16 + lane() / 8 % 2 * 8 + lane() % 8;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) ptx::ldmatrix_x4(queries_[step], unit(tile, row, step * 2 + lane() / 16));
   }
 
   // kBytes: of an element. A unit is 16 bytes as stored in the cache.
@@ -202,20 +192,26 @@ class MmaEngine {
     const unsigned char* k_cache = static_cast<const unsigned char*>(p.k_cache);
     const unsigned char* v_cache = static_cast<const unsigned char*>(p.v_cache);
     const int used_units = p.head_dim * kBytes / 16;
-    const bool aligned = block_.plan.aligned_kv;
+    const int units = Traits::kTile * kRowUnits;
+    if (block_.plan.aligned_kv) {
 #pragma unroll 4
-    for (int i = int(threadIdx.x); i < Traits::kTile * kRowUnits; i += Traits::kThreads) {
-      const int row = i / kRowUnits, u = i % kRowUnits;
-      const int64_t k = offsets[row * 2] * kBytes + u * 16, v = offsets[row * 2 + 1] * kBytes + u * 16;
-      const bool valid = offsets[row * 2] >= 0 && u < used_units;
-      unsigned char* to_k = kBytes == 2 ? unit(keys, row, u) : keys + i * 16;
-      unsigned char* to_v = kBytes == 2 ? unit(values, row, u) : values + i * 16;
-      if (aligned) {
-        ptx::cp_async_16(to_k, valid ? k_cache + k : k_cache, valid);
-        ptx::cp_async_16(to_v, valid ? v_cache + v : v_cache, valid);
-      } else {
-        *reinterpret_cast<uint4*>(to_k) = gather<kBytes>(k_cache + k, valid);
-        *reinterpret_cast<uint4*>(to_v) = gather<kBytes>(v_cache + v, valid);
+      for (int i = ptx::opaque(int(threadIdx.x)); i < units; i += Traits::kThreads) {
+        const int row = i / kRowUnits, u = i % kRowUnits;
+        const int64_t k = offsets[row * 2], v = offsets[row * 2 + 1];
+        const bool valid = k >= 0 && u < used_units;
+        unsigned char* to = kBytes == 2 ? unit(keys, row, u) : keys + i * 16;
+        ptx::cp_async_16(to, valid ? k_cache + k * kBytes + u * 16 : k_cache, valid);
+        ptx::cp_async_16(to + (values - keys), valid ? v_cache + v * kBytes + u * 16 : v_cache, valid);
+      }
+    } else {
+#pragma unroll 1
+      for (int i = ptx::opaque(int(threadIdx.x)); i < 2 * units; i += Traits::kThreads) {
+        const bool is_value = i >= units;
+        const int row = i % units / kRowUnits, u = i % kRowUnits;
+        const int64_t offset = offsets[row * 2 + (is_value ? 1 : 0)];
+        unsigned char* tile = is_value ? values : keys;
+        *reinterpret_cast<uint4*>(kBytes == 2 ? unit(tile, row, u) : tile + i % units * 16) =
+            gather<kBytes>((is_value ? v_cache : k_cache) + offset * kBytes + u * 16, offset >= 0 && u < used_units);
       }
     }
   }
@@ -242,7 +238,7 @@ class MmaEngine {
   __device__ __forceinline__ static void widen(const unsigned char* bytes, unsigned char* wide) {
     constexpr int kRowUnits = Traits::kDim / 16;
 #pragma unroll 2
-    for (int i = int(threadIdx.x); i < Traits::kTile * kRowUnits; i += Traits::kThreads) {
+    for (int i = ptx::opaque(int(threadIdx.x)); i < 2 * Traits::kTile * kRowUnits; i += Traits::kThreads) {
       const uint4 x = *reinterpret_cast<const uint4*>(bytes + i * 16);
       const int row = i / kRowUnits, u = i % kRowUnits * 2;
       *reinterpret_cast<uint4*>(unit(wide, row, u)) = {widen_pair<T>(x.x), widen_pair<T>(x.x >> 16),
@@ -256,7 +252,7 @@ class MmaEngine {
   // of the tile. Returns the keys concerned, to every thread.
   __device__ __forceinline__ uint64_t clear_non_finite(unsigned char* values) {
     uint32_t* bad = bad_rows_ + 2 * parity_;
-    for (int i = int(threadIdx.x); i < Traits::kTile * Traits::kUnits; i += Traits::kThreads) {
+    for (int i = ptx::opaque(int(threadIdx.x)); i < Traits::kTile * Traits::kUnits; i += Traits::kThreads) {
       const int row = i / Traits::kUnits;
       uint4& x = *reinterpret_cast<uint4*>(values + i * 16);
       const uint4 y = x;
@@ -276,18 +272,17 @@ class MmaEngine {
     const TreeAttentionParams& p = block_.plan.p;
     for (; bad != 0; bad &= bad - 1) {
       const int c = __ffsll(static_cast<long long>(bad)) - 1;
-      int64_t page, within;
-      block_.locate(first + c, page, within);
-      const int64_t offset = page * p.v_stride[0] + within * p.v_stride[1] + block_.h * p.v_stride[2];
+      const int64_t offset = block_.offset(first + c, block_.page(first + c), p.v_stride);
       const bool sees[2] = {((mask[0] >> c) & 1) != 0, ((mask[1] >> c) & 1) != 0};
+      const int own_column = ptx::opaque(column(0));
 #pragma unroll
       for (int v = 0; v < Traits::kVectors; ++v) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          if (column(v) >= p.head_dim) continue;
+          if (own_column + v * 8 >= p.head_dim) continue;
           const float x = p.kv_type == DType::e4m3
-                              ? to_float(static_cast<const e4m3*>(p.v_cache)[offset + column(v) + e])
-                              : to_float(static_cast<const T*>(p.v_cache)[offset + column(v) + e]);
+                              ? to_float(static_cast<const e4m3*>(p.v_cache)[offset + own_column + v * 8 + e])
+                              : to_float(static_cast<const T*>(p.v_cache)[offset + own_column + v * 8 + e]);
           const bool finite = (float_bits(x) & 0x7f800000u) != 0x7f800000u;
           if (sees[0] && !finite) chunk.acc[v][e] += x;
           if (sees[1] && !finite) chunk.acc[v][e + 2] += x;
@@ -302,7 +297,8 @@ class MmaEngine {
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[j][e] = 0.0f;
     }
-    const int row = lane() / 16 * 8 + lane() % 8, half_unit = lane() / 8 % 2;
+    const int own = ptx::opaque(lane());
+    const int row = own / 16 * 8 + own % 8, half_unit = own / 8 % 2;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -318,20 +314,27 @@ class MmaEngine {
   // Scores to weights; the state is rescaled to the new maximum, which masked keys do not touch.
   template <bool kMasked>
   __device__ __forceinline__ void softmax(float (&s)[kScoreGroups][4], const uint64_t (&mask)[2]) {
-    const float softcap = block_.plan.p.softcap;
-    const float factor = softcap > 0.0f ? scale_ : ptx::mul(scale_, kLog2e);
     float top[2] = {chunk.m[0], chunk.m[1]};
 #pragma unroll
     for (int j = 0; j < kScoreGroups; ++j) {
 #pragma unroll
+      for (int e = 0; e < 4; ++e) s[j][e] = ptx::mul(s[j][e], map_.factor);
+    }
+    if (map_.bound > 0.0f) {
+#pragma unroll
+      for (int j = 0; j < kScoreGroups; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[j][e] = map_.cap(s[j][e]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kScoreGroups; ++j) {
+#pragma unroll
       for (int e = 0; e < 4; ++e) {
-        float x = ptx::mul(s[j][e], factor);
-        if (softcap > 0.0f) x = cap(x, softcap);
         if constexpr (kMasked) {
-          x = (mask[e / 2] >> (j * 8 + lane() % 4 * 2 + e % 2)) & 1 ? x : kMinusInfinity;
+          if (((mask[e / 2] >> (j * 8 + lane() % 4 * 2 + e % 2)) & 1) == 0) s[j][e] = kMinusInfinity;
         }
-        s[j][e] = x;
-        top[e / 2] = fmaxf(top[e / 2], x);
+        top[e / 2] = fmaxf(top[e / 2], s[j][e]);
       }
     }
     float base[2];
@@ -360,8 +363,9 @@ class MmaEngine {
   // P V, and P 1: the sum of the weights as rounded, in the order of the values.
   __device__ __forceinline__ void accumulate(unsigned char* values, const float (&p)[kScoreGroups][4]) {
     const uint32_t one = ptx::pack<T>(1.0f, 1.0f);
-    const int row = lane() / 8 % 2 * 8 + lane() % 8;
-    const int first_unit = first_column() / 8 + lane() / 16;
+    const int own = ptx::opaque(lane());
+    const int row = own / 8 % 2 * 8 + own % 8;
+    const int first_unit = first_column() / 8 + own / 16;
 #pragma unroll
     for (int group = 0; group < kScoreGroups / 2; ++group) {
       const float(&left)[4] = p[2 * group];
@@ -380,7 +384,8 @@ class MmaEngine {
   }
 
   const Block& block_;
-  float scale_;
+  ScoreMap map_;
+  int warp_;
   uint32_t* bad_rows_;
   int parity_ = 0;
   bool working_;
@@ -390,13 +395,13 @@ class MmaEngine {
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
-    tree_attention_mma(TreeAttentionLaunch plan) {
+    tree_attention_mma(const __grid_constant__ TreeAttentionLaunch plan) {
   attend_first<MmaEngine<Traits>>(plan);
 }
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
-    tree_attention_mma_paths(TreeAttentionLaunch plan) {
+    tree_attention_mma_paths(const __grid_constant__ TreeAttentionLaunch plan) {
   attend_paths<MmaEngine<Traits>>(plan);
 }
 

@@ -5,7 +5,7 @@
 //   Engine::Traits         kThreads, kBlockRows, kTile, kStages, kStageBytes, kScratchBytes and the Layout of State
 //   Engine(block, smem)    loads the block's rows of q; smem: kScratchBytes of shared memory
 //   copy(stage, offsets)   starts the copy of a tile whose rows are at these offsets (of k and v, in elements; < 0: zeros)
-//   begin_chunk(), tile<kMasked>(stage, first), end_chunk()    a fresh state, in `chunk`
+//   begin_chunk(), tile(stage, first, full), end_chunk()    a fresh state, in `chunk`
 //   row(i), column(v)      what acc[v] and m[i], l[i] are of
 //   writes_stats()         whether this thread is the one of its row to write m, l and lse
 #pragma once
@@ -20,12 +20,10 @@ struct StreamMemory {
   static constexpr int kOffsets = Traits::kStages * Traits::kStageBytes;
   static constexpr int kPath = kOffsets + Traits::kStages * Traits::kTile * 2 * int(sizeof(int64_t));
   static constexpr int kScratch = kPath + kMaxNodes * int(sizeof(int16_t));
-  static constexpr int kSegment = (kScratch + Traits::kScratchBytes + 15) / 16 * 16;
-  static constexpr int kBytes = kSegment;  // if no segment is kept
-  static constexpr int kBytesWithSegment =
-      kSegment + (Traits::kSegmentInShared ? StoredState<Traits>::kBytes : 0);
+  static constexpr int kQuad = (kScratch + Traits::kScratchBytes + 15) / 16 * 16;
+  static constexpr int kBytes = kQuad + StoredState<Traits>::kBytes;
   static_assert(kOffsets % 16 == 0 && kScratch % 16 == 0);
-  static_assert(kBytesWithSegment <= 163 * 1024, "shared memory of a block on sm_80");
+  static_assert(kBytes <= 163 * 1024, "shared memory of a block on sm_80");
 };
 
 // What a block is about.
@@ -49,20 +47,23 @@ struct Block {
     return {plan.p.ancestors + index * plan.p.words, node, plan.p.depth[index]};
   }
 
-  // Page (or sequence) and slot in it of a key; the page is clamped into the cache.
-  __device__ __forceinline__ void locate(int position, int64_t& page, int64_t& within) const {
+  __device__ __forceinline__ int slot(int position) const {
+    if (path_node < 0 || position < sequence.length) return position;
+    return sequence.length + path[position - sequence.length];
+  }
+
+  // The page of a key, clamped into the cache; or its sequence, where there are no pages.
+  __device__ __forceinline__ int page(int position) const {
     const TreeAttentionParams& p = plan.p;
-    int slot = position;
-    if (path_node >= 0 && position >= sequence.length) {
-      slot = sequence.length + path[position - sequence.length];
-    }
-    page = b;
-    within = slot;
-    if (p.block_table != nullptr) {
-      const int column = slot / p.page_size;
-      within = slot - column * p.page_size;
-      page = clamp_int(p.block_table[b * p.block_table_stride + column], 0, p.num_pages - 1);
-    }
+    if (p.block_table == nullptr) return b;
+    return clamp_int(p.block_table[b * p.block_table_stride + slot(position) / p.page_size], 0, p.num_pages - 1);
+  }
+
+  // Where the row of a key on `page` begins, in elements.
+  __device__ __forceinline__ int64_t offset(int position, int page, const int64_t (&stride)[3]) const {
+    int within = slot(position);
+    if (plan.p.block_table != nullptr) within %= plan.p.page_size;
+    return page * stride[0] + within * stride[1] + h * stride[2];
   }
 };
 
@@ -89,42 +90,65 @@ class Stream {
 
  public:
   __device__ __forceinline__ Stream(const Block& block, unsigned char* smem)
-      : block_(block),
-        smem_(smem),
-        engine_(block, smem + Memory::kScratch) {
+      : block_(block), smem_(smem), engine_(block, smem + Memory::kScratch) {
     constexpr int kStored = StoredState<Traits>::kBytes / int(sizeof(Float4));
     const int64_t index = (int64_t(block.b) * block.plan.p.heads_kv + block.h) * gridDim.x + blockIdx.x;
-    Float4* own = reinterpret_cast<Float4*>(block.plan.running) + index * 2 * kStored;
-    running_.base = own;
-    segment_.base = Traits::kSegmentInShared ? reinterpret_cast<Float4*>(smem + Memory::kSegment) : own + kStored;
+    running_ = reinterpret_cast<Float4*>(block.plan.running) + index * 2 * kStored;
   }
 
-  // Chunks [begin, end) of the sequence; what they add up to is left in `total`.
-  __device__ __forceinline__ void run(int begin, int end, int level) {
-    total_.clear();
-    segment_used_ = running_used_ = false;
+  // Chunks [begin, end) of the sequence, which are a span of the level, go to partial result `slot`, or out. If
+  // the second pass of exact is to continue them (`open`), the states of all levels are written apart.
+  __device__ __forceinline__ void run(int begin, int end, int level, bool open, int slot) {
+    used_ = 0;
+    const int top = max(level - kQuadLevel, 0);
     const Keys& keys = block_.keys;
     const int first = max(begin * kChunkSlots, keys.low) / kTile;
     const int last = (min(end * kChunkSlots, keys.end) + kTile - 1) / kTile;
-    if (first < last) walk(first, last, level);
-  }
-
-  __device__ __forceinline__ void collapse(int level) {
-    if (level >= kSegmentLevel) close_quad();
-    if (level >= kSequenceLevel) close_segment();
-    if (level >= kSegmentLevel) recall(level);
-  }
-
-  // With exact the second pass continues: the states of all levels are left apart.
-  __device__ __forceinline__ void write_open(int level, int slot) {
-    write_partial(block_.plan.slots);
-    if (level >= kSegmentLevel) {
-      recall_or_clear(segment_, segment_used_);
-      write_partial(block_.plan.slots + 1);
+    if (first < last) {
+      walk(first, last, top, open);
+    } else {
+      engine_.chunk.clear();
     }
-    if (level >= kSequenceLevel) {
-      recall_or_clear(running_, running_used_);
-      write_partial(slot);
+#pragma unroll 1
+    for (int piece = 0; piece <= (open ? top : 0); ++piece) {
+      if (open) {
+        if (used_ >> piece & 1) {
+          stored(piece).load(engine_.chunk);
+        } else {
+          engine_.chunk.clear();
+        }
+      }
+      if (block_.sequence.direct) {
+        write_out();
+      } else {
+        write_partial(!open || piece == 2 ? slot : block_.plan.slots + piece);
+      }
+    }
+  }
+
+ private:
+  // 0: the quad's state, 1: the segment's, 2: the sequence's. Bits of used_ say which there are.
+  __device__ __forceinline__ StoredState<Traits> stored(int target) const {
+    constexpr int kStored = StoredState<Traits>::kBytes / int(sizeof(Float4));
+    return {target == 0 ? reinterpret_cast<Float4*>(smem_ + Memory::kQuad) : running_ + (target - 1) * kStored};
+  }
+
+  // The chunk in registers joins its quad, a completed quad its segment, and so on. `chunks` are done, the last of
+  // them wholly if `complete`. If the span ends here (`finishing`) its state is left in the registers.
+  __device__ __forceinline__ void join(int chunks, bool complete, bool finishing, int top) {
+#pragma unroll 1
+    for (int target = 0; target <= top; ++target) {
+      const bool used = used_ >> target & 1;
+      if (used) stored(target).merge(engine_.chunk);
+      const int size = target == 0 ? kQuadChunks : kSegmentChunks;
+      const bool rises = target < top && (finishing || (complete && chunks % size == 0));
+      if (!rises && !finishing) {
+        if (!used) stored(target).store(engine_.chunk);
+        used_ |= 1 << target;
+        return;
+      }
+      if (used) stored(target).load(engine_.chunk);
+      used_ &= ~(1 << target);
     }
   }
 
@@ -132,11 +156,11 @@ class Stream {
     const TreeAttentionLaunch& plan = block_.plan;
 #pragma unroll
     for (int r = 0; r < Traits::kRows; ++r) {
-      const int row = engine_.row(r);
+      const int row = ptx::opaque(engine_.row(r));
       if (!block_.in_use(row)) continue;
       const int64_t index = partial_row(plan, block_.b, block_.h, slot, row);
       if (engine_.writes_stats()) {
-        *reinterpret_cast<Float2*>(plan.partial_stats + index * 2) = {total_.m[r], total_.l[r]};
+        *reinterpret_cast<Float2*>(plan.partial_stats + index * 2) = {engine_.chunk.m[r], engine_.chunk.l[r]};
       }
       for_each_pair(r, [&](int column, float x, float y) {
         *reinterpret_cast<Float2*>(plan.partial_out + index * plan.p.head_dim + column) = {x, y};
@@ -149,21 +173,19 @@ class Stream {
     using T = typename Traits::T;
 #pragma unroll
     for (int r = 0; r < Traits::kRows; ++r) {
-      const int row = engine_.row(r);
+      const int row = ptx::opaque(engine_.row(r));
       if (row >= block_.end_row) continue;
+      const float sum = block_.in_use(row) ? engine_.chunk.l[r] : 0.0f;  // rows past n_nodes give zeros
       const float factor =
-          finish_row(plan, block_.b, block_.h, row, total_.m[r], total_.l[r], engine_.writes_stats());
+          finish_row(plan, block_.b, block_.h, row, engine_.chunk.m[r], sum, engine_.writes_stats());
       T* out = out_row<T>(plan, block_.b, block_.h, row);
-      const bool seen = total_.l[r] != 0.0f;
       for_each_pair(r, [&](int column, float x, float y) {
-        store_pair<T>(plan, out + column, seen ? ptx::mul(x, factor) : 0.0f, seen ? ptx::mul(y, factor) : 0.0f);
+        store_pair<T>(plan, out + column, sum != 0.0f ? ptx::mul(x, factor) : 0.0f,
+                      sum != 0.0f ? ptx::mul(y, factor) : 0.0f);
       });
     }
   }
 
-  __device__ __forceinline__ void clear() { total_.clear(); }
-
- private:
   template <class F>
   __device__ __forceinline__ void for_each_pair(int r, const F& f) {
 #pragma unroll
@@ -171,130 +193,75 @@ class Stream {
 #pragma unroll
       for (int e = 0; e < 4; e += 2) {
         if (Traits::row_of(v, e) != r) continue;
-        const int column = engine_.column(v) + (Traits::kWideVectors ? e : 0);
-        if (column < block_.plan.p.head_dim) f(column, total_.acc[v][e], total_.acc[v][e + 1]);
+        const int column = ptx::opaque(engine_.column(v)) + (Traits::kWideVectors ? e : 0);
+        if (column < block_.plan.p.head_dim) f(column, engine_.chunk.acc[v][e], engine_.chunk.acc[v][e + 1]);
       }
     }
-  }
-
-  // Where row `position` of the cache begins, in elements from k_cache and v_cache.
-  __device__ __forceinline__ void look_up(int position, int64_t& k, int64_t& v) const {
-    k = v = -1;
-    if (position >= block_.keys.end) return;
-    const TreeAttentionParams& p = block_.plan.p;
-    int64_t page, within;
-    block_.locate(position, page, within);
-    k = page * p.k_stride[0] + within * p.k_stride[1] + block_.h * p.k_stride[2];
-    v = page * p.v_stride[0] + within * p.v_stride[1] + block_.h * p.v_stride[2];
   }
 
   __device__ __forceinline__ int64_t* offsets(int stage) const {
     return reinterpret_cast<int64_t*>(smem_ + Memory::kOffsets) + stage * kTile * 2;
   }
 
-  __device__ __forceinline__ void walk(int first, int last, int level) {
-    const int thread = int(threadIdx.x);
+  __device__ __forceinline__ void put_offsets(int stage, int i, int position, int page) const {
+    const TreeAttentionParams& p = block_.plan.p;
+    const bool valid = position < block_.keys.end;
+    offsets(stage)[i * 2] = valid ? block_.offset(position, page, p.k_stride) : -1;
+    offsets(stage)[i * 2 + 1] = valid ? block_.offset(position, page, p.v_stride) : -1;
+  }
+
+  __device__ __forceinline__ void walk(int first, int last, int top, bool open) {
+    const int thread = int(threadIdx.x), end = block_.keys.end;
     __syncthreads();  // the ring and the offsets may still be read from the span before
     for (int i = thread; i < kStages * kTile; i += kThreads) {
-      int64_t k, v;
-      look_up(first * kTile + i, k, v);
-      offsets(i / kTile)[i % kTile * 2] = k;
-      offsets(i / kTile)[i % kTile * 2 + 1] = v;
+      const int position = first * kTile + i;
+      put_offsets(i / kTile, i % kTile, position, position < end ? block_.page(position) : 0);
     }
     __syncthreads();
-#pragma unroll
-    for (int stage = 0; stage < kStages - 1; ++stage) {
-      if (first + stage < last) engine_.copy(smem_ + stage * Traits::kStageBytes, offsets(stage));
+
+    engine_.begin_chunk();
+    // Turn t starts the copy of tile t and computes tile t - (kStages - 1).
+    int fill = 0, stage = 0;
+#pragma unroll 1
+    for (int t = first; t < last + kStages - 1; ++t) {
+      const int now = t - (kStages - 1);
+      // Tile t + 1 is copied in the next turn: its pages are looked up now, in the shadow of the arithmetic, and
+      // written behind it.
+      const bool looks_up = now >= first && thread < kTile;
+      const int position = (t + 1) * kTile + thread;
+      int page = 0;
+      if (looks_up && position < end) page = block_.page(position);
+
+      if (now >= first) {
+        ptx::cp_async_wait<kStages - 2>();
+        __syncthreads();
+      }
+      if (t < last) engine_.copy(smem_ + fill * Traits::kStageBytes, offsets(fill));
       ptx::cp_async_commit();
-    }
+      fill = fill + 1 == kStages ? 0 : fill + 1;
+      if (now < first) continue;
 
-    int stage = 0;
-    bool fresh = true;
-    for (int t = first; t < last; ++t) {
-      // Tile t + kStages will be copied in the next turn: its pages are looked up now, in the shadow of the
-      // arithmetic, and written behind it.
-      int64_t next_k = -1, next_v = -1;
-      if (thread < kTile && t + kStages < last) look_up((t + kStages) * kTile + thread, next_k, next_v);
-
-      ptx::cp_async_wait<kStages - 2>();
-      __syncthreads();
-      const int fill = stage == 0 ? kStages - 1 : stage - 1;
-      if (t + kStages - 1 < last) engine_.copy(smem_ + fill * Traits::kStageBytes, offsets(fill));
-      ptx::cp_async_commit();
-
-      if (fresh) engine_.begin_chunk();
-      const int from = t * kTile;
+      const int from = now * kTile;
       const bool full = from >= block_.keys.full_from && from + kTile <= block_.keys.length;
-      unsigned char* tile = smem_ + stage * Traits::kStageBytes;
-      if (full) {
-        engine_.template tile<false>(tile, from);
-      } else {
-        engine_.template tile<true>(tile, from);
-      }
-      if (thread < kTile) {
-        offsets(stage)[thread * 2] = next_k;
-        offsets(stage)[thread * 2 + 1] = next_v;
-      }
+      engine_.tile(smem_ + stage * Traits::kStageBytes, from, full);
+      if (looks_up) put_offsets(stage, thread, (now + kStages) * kTile + thread, page);
       stage = stage + 1 == kStages ? 0 : stage + 1;
 
-      fresh = (t + 1) % (kChunkSlots / kTile) == 0;
-      if (fresh || t + 1 == last) {
+      const bool at_end = now + 1 == last, complete = (now + 1) % (kChunkSlots / kTile) == 0;
+      if (complete || at_end) {
         engine_.end_chunk();
-        total_.merge(engine_.chunk);
-        const int chunks = (t + 1) / (kChunkSlots / kTile);
-        if (level >= kSegmentLevel && fresh && chunks % kQuadChunks == 0) close_quad();
-        if (level >= kSequenceLevel && fresh && chunks % kSegmentChunks == 0) close_segment();
+        join((now + 1) / (kChunkSlots / kTile), complete, at_end && !open, top);
+        if (!at_end) engine_.begin_chunk();
       }
     }
     ptx::cp_async_wait<0>();
   }
 
-  __device__ __forceinline__ void close_quad() {
-    if (segment_used_) {
-      segment_.merge(total_);
-    } else {
-      segment_.store(total_);
-    }
-    segment_used_ = true;
-    total_.clear();
-  }
-
-  // Between quads: `total_` is free.
-  __device__ __forceinline__ void close_segment() {
-    if (!segment_used_) return;
-    segment_.load(total_);
-    if (running_used_) {
-      running_.merge(total_);
-    } else {
-      running_.store(total_);
-    }
-    running_used_ = true;
-    segment_used_ = false;
-    total_.clear();
-  }
-
-  __device__ __forceinline__ void recall(int level) {
-    if (level >= kSequenceLevel) {
-      recall_or_clear(running_, running_used_);
-    } else {
-      recall_or_clear(segment_, segment_used_);
-    }
-  }
-
-  __device__ __forceinline__ void recall_or_clear(const StoredState<Traits>& stored, bool used) {
-    if (used) {
-      stored.load(total_);
-    } else {
-      total_.clear();
-    }
-  }
-
   const Block& block_;
   unsigned char* smem_;
   Engine engine_;
-  State<Traits> total_;
-  StoredState<Traits> segment_, running_;
-  bool segment_used_ = false, running_used_ = false;
+  Float4* running_;
+  int used_ = 0;
 };
 
 // The first pass: a block takes kBlockRows packed rows of one KV head and every splits-th span.
@@ -317,27 +284,11 @@ __device__ __forceinline__ void attend_first(const TreeAttentionLaunch& plan) {
   if (idle && !sequence.direct) return;
 
   Stream<Engine> stream(block, dynamic_smem<unsigned char>());
-  if (idle) {
-    stream.clear();
-    stream.write_out();
-    return;
-  }
-  const bool open = sequence.open(plan);
   for (int i = split; i < (sequence.direct ? 1 : sequence.spans); i += plan.splits) {
     const int span = sequence.first_span + i;
     const int begin = max(span * sequence.span, sequence.first_chunk);
     const int stop = min((span + 1) * sequence.span, sequence.chunk_end);
-    stream.run(begin, stop, sequence.level);
-    if (open && i == sequence.spans - 1) {
-      stream.write_open(sequence.level, i);
-      return;
-    }
-    stream.collapse(sequence.level);
-    if (sequence.direct) {
-      stream.write_out();
-    } else {
-      stream.write_partial(i);
-    }
+    stream.run(begin, idle ? begin : stop, sequence.level, sequence.open(plan) && i == sequence.spans - 1, i);
   }
 }
 
@@ -354,7 +305,7 @@ __device__ __forceinline__ void attend_paths(const TreeAttentionLaunch& plan) {
 
   const TreeAttentionParams& p = plan.p;
   const int64_t* ancestors = p.ancestors + (int64_t(b) * p.nodes + node) * p.words;
-  const int end = sequence.length + path_length(p, ancestors, node);
+  const int end = sequence.length + uniform(path_length(ancestors, node));
   const int low = p.window > 0 && p.window <= end ? int(end - p.window) : 0;
   const int first_row = node * plan.group + int(blockIdx.x) % blocks_per_node * Traits::kBlockRows;
   unsigned char* smem = dynamic_smem<unsigned char>();
@@ -367,8 +318,7 @@ __device__ __forceinline__ void attend_paths(const TreeAttentionLaunch& plan) {
   Stream<Engine> stream(block, smem);
   const int tail = sequence.length / kChunkSlots;
   for (int chunk = max(tail, low / kChunkSlots); chunk * kChunkSlots < end; ++chunk) {
-    stream.run(chunk, chunk + 1, kChunkLevel);
-    stream.write_partial(plan.slots + 2 + chunk - tail);
+    stream.run(chunk, chunk + 1, kChunkLevel, false, plan.slots + 2 + chunk - tail);
   }
 }
 

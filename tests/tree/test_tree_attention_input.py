@@ -134,6 +134,8 @@ def test_block_tables(backend):
         assert case.run().isfinite().all()
     bad = table.clone()
     bad[1, 0] = 10_000
+    for cache in (case.k, case.v):  # clamped to the last page, which no sequence owns
+        cache.nan_to_num_(0)
     case.options["block_table"] = bad
     if backend.name == "cpu":
         expect(case, r"block_table\[1, 0\] in \[0, \d+\), got 10000", IndexError)

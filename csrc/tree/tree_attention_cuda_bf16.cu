@@ -1,0 +1,7 @@
+#include "tree/tree_attention_mma_variants.cuh"
+
+namespace tranche::cuda {
+
+TreeAttentionVariant tree_attention_bf16(int head_dim, int64_t rows) { return choose_mma<bf16>(head_dim, rows); }
+
+}  // namespace tranche::cuda
