@@ -124,7 +124,10 @@ def test_a_cache_in_two_parts(backend, dtype):
     out, lse = merge_state(*far, *near)
     tolerance = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(out[used].double(), want[used], rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(lse[used].double(), want_lse[used], rtol=1e-5, atol=1e-5)
+    # attention on tensor cores sums the weights as rounded to dtype, so that out is their quotient exactly; lse is
+    # then right to half a unit of dtype
+    rounding = max(1e-5, torch.finfo(dtype).eps / 2)
+    torch.testing.assert_close(lse[used].double(), want_lse[used], rtol=0, atol=rounding)
 
 
 def test_gradients(backend):
