@@ -42,7 +42,7 @@ TRANCHE_INLINE void widen(const W* from, double* to, int n) {
 // Asks for what a product will read next: `bytes` of each of 16 rows.
 TRANCHE_INLINE void prefetch_rows(const char* first, int64_t stride, int64_t bytes) {
   for (int r = 0; r < kTileRows; ++r) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + r * stride + i);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + r * stride + i, 0, 2);
   }
 }
 
@@ -51,6 +51,8 @@ constexpr int kBlockRows = 4, kBlockColumns = 6;  // 24 accumulators of 32 regis
 #else
 constexpr int kBlockRows = 2, kBlockColumns = 4;  // 8 of 16
 #endif
+
+constexpr int kBlockVectors = kBlockRows * kBlockColumns;
 
 // accumulators[c][r] += w[r] * x[c], lane by lane, for kBlockRows rows and kColumns columns.
 template <int kColumns>
@@ -61,7 +63,7 @@ TRANCHE_INLINE void fma_block(const float* const* w, const float* x, int64_t x_s
   for (int c = 0; c < kColumns; ++c) {
 #pragma GCC unroll 4
     for (int r = 0; r < kBlockRows; ++r) {
-      acc[c][r] = first ? vset(0.0f) : vload(accumulators + (c * kTileRows + r) * kWidth);
+      acc[c][r] = first ? vset(0.0f) : vload(accumulators + (c * kBlockRows + r) * kWidth);
     }
   }
   for (int k = 0; k < depth; k += kWidth) {
@@ -78,17 +80,18 @@ TRANCHE_INLINE void fma_block(const float* const* w, const float* x, int64_t x_s
 #pragma GCC unroll 6
   for (int c = 0; c < kColumns; ++c) {
 #pragma GCC unroll 4
-    for (int r = 0; r < kBlockRows; ++r) vstore(accumulators + (c * kTileRows + r) * kWidth, acc[c][r]);
+    for (int r = 0; r < kBlockRows; ++r) vstore(accumulators + (c * kBlockRows + r) * kWidth, acc[c][r]);
   }
 }
 
-// sums[r] = the sum of the lanes of vector r, for 16 vectors.
+// sums[r] = the sum of the lanes of row r's vector, for the 16 rows of one column: kBlockRows vectors in each block.
 TRANCHE_INLINE void add_lanes(const float* vectors, float* sums) {
+  constexpr int kBlock = kBlockVectors * kWidth;
 #if defined(__AVX512F__)
   Vec four[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    const float* v = vectors + 4 * i * kWidth;
+    const float* v = vectors + i * kBlock;
     const Vec a = vload(v), b = vload(v + 16), c = vload(v + 32), d = vload(v + 48);
     const __m512d ab = _mm512_castps_pd(vadd(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
     const __m512d cd = _mm512_castps_pd(vadd(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
@@ -100,7 +103,7 @@ TRANCHE_INLINE void add_lanes(const float* vectors, float* sums) {
 #else
   for (int r = 0; r < kTileRows; ++r) {
     float lanes[kWidth];
-    memcpy(lanes, vectors + r * kWidth, sizeof lanes);
+    memcpy(lanes, vectors + r / kBlockRows * kBlock + r % kBlockRows * kWidth, sizeof lanes);
     for (int half = kWidth / 2; half > 0; half /= 2) {
       for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
     }
@@ -114,10 +117,12 @@ class FmaEngine {
   using Compute = float;
   struct Session {};
 
-  static int64_t padded(int depth) { return round_up(depth, 16); }
+  // From column to column: one line more than the depth, because columns (and rows) a power of two apart would
+  // share the same few sets of the L1 cache.
+  static int64_t padded(int depth) { return round_up(depth, 16) + 16; }
   static int64_t panel_bytes(int depth) { return kPanel * padded(depth) * int64_t(sizeof(float)); }
   static int64_t scratch_bytes() {
-    return (int64_t(kGroupColumns) * kTileRows * kWidth + kTileRows * kLongChunk) * int64_t(sizeof(float));
+    return int64_t(kAccumulators + kTileRows * kStagedStride) * int64_t(sizeof(float));
   }
 
   // Columns from 16 rows of memory; a null row is a column of zeros.
@@ -143,51 +148,62 @@ class FmaEngine {
   static void product(const Rows<W>& w, int first_row, const void* panels, int columns, float* result, void* scratch,
                       const W* next) {
     float* acc = static_cast<float*>(scratch);
-    float* staged = acc + int64_t(kGroupColumns) * kTileRows * kWidth;
+    float* staged = acc + kAccumulators;
     const float* x = static_cast<const float*>(panels);
     const int64_t x_stride = padded(w.columns);
     const int rows = least(w.rows - first_row, kTileRows);
-    const bool few_columns = columns <= kBlockColumns;  // then long runs stream better; else weights stay in L1
-    const int chunk = few_columns ? kLongChunk : kShortChunk;
-    for (int k = 0; k < w.columns; k += chunk) {
-      const int length = least(chunk, w.columns - k);
+    const bool few_columns = columns <= kBlockColumns;  // then a copy of the rows would not pay
+    for (int k = 0; k < w.columns; k += kChunk) {
+      const int length = least(kChunk, w.columns - k);
       const float* row[kTileRows];
-      stage(w, first_row, rows, k, length, staged, row);
+      stage(w, first_row, rows, k, length, few_columns, staged, row);
       if (rows == kTileRows) {
-        const bool last = k + chunk >= w.columns;
-        const W* ahead = last ? next : w.row(first_row) + k + chunk;
-        const int ahead_length = least(chunk, last ? w.columns : w.columns - k - chunk);
+        const bool last = k + kChunk >= w.columns;
+        const W* ahead = last ? next : w.row(first_row) + k + kChunk;
+        const int ahead_length = least(kChunk, last ? w.columns : w.columns - k - kChunk);
         if (ahead) {
           prefetch_rows(reinterpret_cast<const char*>(ahead), w.stride * int64_t(sizeof(W)),
                         ahead_length * int64_t(sizeof(W)));
         }
       }
       const int depth = int(round_up(length, 16));
-      for (int c = 0; c < columns; c += kBlockColumns) {
-        for (int r = 0; r < kTileRows; r += kBlockRows) {
-          block(least(columns - c, kBlockColumns), row + r, x + c * x_stride + k, x_stride, depth, k == 0,
-                acc + (c * kTileRows + r) * kWidth);
+      for (int half = 0; half < kTileRows; half += kL1Rows) {
+        for (int c = 0; c < columns; c += kBlockColumns) {
+          for (int r = half; r < half + kL1Rows; r += kBlockRows) {
+            block(least(columns - c, kBlockColumns), row + r, x + c * x_stride + k, x_stride, depth, k == 0,
+                  block_of(acc, c, r));
+          }
         }
       }
     }
-    for (int c = 0; c < columns; ++c) add_lanes(acc + c * kTileRows * kWidth, result + c * kTileRows);
+    for (int c = 0; c < columns; ++c) {
+      add_lanes(block_of(acc, c, 0) + c % kBlockColumns * kBlockRows * kWidth, result + c * kTileRows);
+    }
   }
 
  private:
-  static constexpr int kShortChunk = 256, kLongChunk = 1024;
+  // In L1 stay kL1Rows rows of a chunk, 16 KB, and the chunk's elements of a block of columns.
+  static constexpr int kChunk = 512, kL1Rows = 8, kStagedStride = kChunk + 16;
+  static constexpr int kColumnBlocks = (kGroupColumns + kBlockColumns - 1) / kBlockColumns;
+  static constexpr int kAccumulators = kColumnBlocks * (kTileRows / kBlockRows) * kBlockVectors * kWidth;
+
+  static float* block_of(float* accumulators, int column, int row) {
+    const int block = column / kBlockColumns * (kTileRows / kBlockRows) + row / kBlockRows;
+    return accumulators + block * kBlockVectors * kWidth;
+  }
 
   template <class W>
-  TRANCHE_INLINE void stage(const Rows<W>& w, int first_row, int rows, int k, int length, float* staged,
-                            const float** row) {
+  TRANCHE_INLINE void stage(const Rows<W>& w, int first_row, int rows, int k, int length, bool in_place,
+                            float* staged, const float** row) {
     if constexpr (__is_same(W, float)) {
-      if (rows == kTileRows && length % 16 == 0) {
+      if (in_place && rows == kTileRows && length % 16 == 0) {
         for (int r = 0; r < kTileRows; ++r) row[r] = w.row(first_row + r) + k;
         return;
       }
     }
     const int depth = int(round_up(length, 16));
     for (int r = 0; r < kTileRows; ++r) {
-      float* to = staged + r * kLongChunk;
+      float* to = staged + r * kStagedStride;
       const int filled = r < rows ? length : 0;
       if (filled) widen(w.row(first_row + r) + k, to, filled);
       for (int i = filled; i < depth; ++i) to[i] = 0.0f;
