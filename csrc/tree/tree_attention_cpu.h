@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/arena.h"
 #include "core/numeric.h"
 #include "core/parallel.h"
 #include "core/simd.h"
@@ -27,33 +28,6 @@ constexpr int kChunk = 256;
 constexpr int kSegment = 2048;
 constexpr float kLog2e = 1.4426950408889634f;
 static_assert(kSegment % kChunk == 0 && kLanes % kWidth == 0);
-
-TRANCHE_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-template <class T>
-TRANCHE_INLINE T least(T a, T b) {
-  return a < b ? a : b;
-}
-template <class T>
-TRANCHE_INLINE T most(T a, T b) {
-  return a > b ? a : b;
-}
-
-// Cuts one allocation into 64-byte aligned arrays. Without memory it only counts.
-class Arena {
- public:
-  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* result = memory_ ? reinterpret_cast<T*>(memory_ + used_) : nullptr;
-    used_ += round_up(count * int64_t(sizeof(T)), 64);
-    return result;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* memory_;
-  int64_t used_ = 0;
-};
 
 TRANCHE_INLINE int node_count(const TreeAttentionParams& p, int b) {
   return int(least<int64_t>(most(p.n_nodes[b], 0), p.nodes));

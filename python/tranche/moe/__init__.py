@@ -1,0 +1,15 @@
+"""Mixtures of experts for few tokens: routing, the experts in one pass over their weights, and Jakiro's draft head."""
+
+from tranche.moe.modules import JakiroMoE, SparseMoE, convert_moe
+from tranche.moe.ops import RoutingPlan, draft_moe, draft_moe_star, fused_experts, route
+
+__all__ = [
+    "JakiroMoE",
+    "RoutingPlan",
+    "SparseMoE",
+    "convert_moe",
+    "draft_moe",
+    "draft_moe_star",
+    "fused_experts",
+    "route",
+]

@@ -1,0 +1,100 @@
+"""The modules: published keys, and real blocks of transformers swapped in place."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from tranche.moe import JakiroMoE, SparseMoE, convert_moe, reference
+
+
+def test_jakiro_has_the_published_keys():
+    head = JakiroMoE(16, 24)
+    projections = ("gate_proj", "up_proj", "down_proj")
+    keys = {"gate.weight"} | {f"experts.{i}.{p}.weight" for i in range(2) for p in projections}
+    state = head.state_dict()
+    assert set(state) == keys
+    assert state["experts.1.down_proj.weight"].shape == (16, 24)
+    assert state["experts.1.up_proj.weight"].data_ptr() == head.w_up[1].data_ptr()  # a view
+    other = JakiroMoE(16, 24)
+    other.load_state_dict(state)
+    assert torch.equal(other.w_gate, head.w_gate)
+    x = torch.randn(2, 3, 16)
+    assert torch.equal(other(x), head(x))
+    del state["experts.0.up_proj.weight"]
+    state["experts.7.up_proj.weight"] = torch.zeros(24, 16)
+    with pytest.raises(RuntimeError, match=r"(?s)Missing.*experts\.0\.up_proj.*Unexpected.*experts\.7\.up_proj"):
+        other.load_state_dict(state)
+
+
+def test_jakiro_runs(backend):
+    head = JakiroMoE(32, device=backend.device)
+    x, residual = (torch.randn(2, 3, 32, device=backend.device) for _ in range(2))
+    with torch.no_grad():
+        first, second = head(x, residual, contrast=True)
+        weights = (head.gate.weight, head.w_gate, head.w_up, head.w_down)
+        want = reference.draft_moe(x.view(6, 32), *weights, residual=residual.view(6, 32), contrast=True)
+    assert torch.allclose(first.double(), want[0].view(2, 3, 32), atol=1e-5)
+    assert torch.allclose(second.double(), want[1].view(2, 3, 32), atol=1e-5)
+
+
+def test_jakiro_trains():
+    head = JakiroMoE(8, num_experts=3, variant="topk")
+    first, second = head(torch.randn(4, 8), contrast=True)
+    (first.square().sum() + second.square().sum()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
+
+
+def small_model(kind):
+    common = {
+        "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "intermediate_size": 24, "num_experts_per_tok": 2, "head_dim": 16,
+    }  # fmt: skip
+    if kind == "mixtral":
+        from transformers import MixtralConfig, MixtralForCausalLM
+
+        return MixtralForCausalLM(MixtralConfig(**common, num_local_experts=4))
+    if kind == "qwen2":
+        from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+        common.pop("head_dim")
+        sizes = {"moe_intermediate_size": 20, "shared_expert_intermediate_size": 28, "num_experts": 4}
+        return Qwen2MoeForCausalLM(Qwen2MoeConfig(**common, **sizes))
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, moe_intermediate_size=20, num_experts=4))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2", "qwen3"])
+def test_blocks_of_transformers(kind):
+    torch.manual_seed(0)
+    theirs = small_model(kind)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.normal_(std=0.2)
+    ours = copy.deepcopy(theirs)
+    keys = list(ours.state_dict())
+    assert convert_moe(ours) == 2
+    assert convert_moe(ours) == 0
+    assert list(ours.state_dict()) == keys
+    tokens = torch.randint(0, 50, (2, 7))
+    losses = []
+    for model in (theirs, ours):
+        model.train()
+        out = model(input_ids=tokens, labels=tokens)
+        out.loss.backward()
+        losses.append(out)
+    assert torch.allclose(losses[0].logits, losses[1].logits, atol=1e-4)
+    named = dict(ours.named_parameters())
+    for name, p in theirs.named_parameters():
+        got = named[name].grad
+        assert (p.grad is None) == (got is None), name
+        if p.grad is not None:
+            assert torch.allclose(p.grad, got, atol=1e-4 * (1 + float(p.grad.abs().max()))), name
+
+
+def test_a_block_that_does_not_fit():
+    with pytest.raises(ValueError, match=r"expected a Mixtral-.*got Linear\. Call fused_experts"):
+        SparseMoE(torch.nn.Linear(2, 2))
