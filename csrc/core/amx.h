@@ -10,16 +10,16 @@
 #error "amx.h needs -mamx-tile -mamx-bf16"
 #endif
 
-#define TRANCHE_TILE_ZERO(t) asm volatile("tilezero %%tmm" #t ::)
+#define TRANCHE_TILE_ZERO(t) asm volatile("tilezero %%tmm" #t::)
 #define TRANCHE_TILE_LOAD(t, base, stride) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(base), "r"(int64_t(stride)) : "memory")
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #t::"r"(base), "r"(int64_t(stride)) : "memory")
 #define TRANCHE_TILE_STORE(t, base, stride) \
   asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(base), "r"(int64_t(stride)) : "memory")
-// c[m][n] += sum over the 16 pairs k of a[m][2k] b[k][2n] + a[m][2k+1] b[k][2n+1]. In hardware the even and the
-// odd products are each one sequential chain of FMAs that starts at 0; c gets the sum of the two chains.
-#define TRANCHE_TILE_DOT_BF16(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
-// c[m][n] += sum over the 16 groups of four k of a[m][4k+j] b[k][4n+j], a signed and b unsigned bytes, modulo 2^32.
-#define TRANCHE_TILE_DOT_S8U8(c, a, b) asm volatile("tdpbsud %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
+// c[m][n] += sum over the 16 pairs k of a[m][2k] b[k][2n] + a[m][2k+1] b[k][2n+1]. In hardware the even and
+// the odd products are each one sequential chain of FMAs that starts at 0; c gets the sum of the two chains.
+#define TRANCHE_TILE_DOT_BF16(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c::)
+// c[m][n] += sum over the 16 groups of four k of a[m][4k+j] b[k][4n+j], a signed and b unsigned bytes, mod 2^32.
+#define TRANCHE_TILE_DOT_S8U8(c, a, b) asm volatile("tdpbsud %%tmm" #b ", %%tmm" #a ", %%tmm" #c::)
 
 namespace tranche::cpu::TRANCHE_ISA {
 

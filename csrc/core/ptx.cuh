@@ -189,6 +189,13 @@ __device__ __forceinline__ uint32_t pack<half>(float low, float high) {
   return d;
 }
 
+// A product rounded on its own, never contracted with what it is added to.
+__device__ __forceinline__ float mul(float a, float b) {
+  float d;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+
 // 2^x, at most 2 ulp wrong, subnormal results flushed to zero; exp2_approx(0) is exactly 1.
 __device__ __forceinline__ float exp2_approx(float x) {
   float d;

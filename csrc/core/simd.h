@@ -1,7 +1,7 @@
 // A vector of floats per instruction set, for CPU kernels: 16 lanes on AVX-512, 8 on AVX2, 4 elsewhere.
 //
-// Everything is `static` and lives in the instruction set's namespace (see isa.h). The rules that kernels rely
-// on: vmax(x, y) is y when either is NaN; vexp2(0) == 1 exactly and vexp2 keeps NaN; no function's lanes
+// Everything is `static` and lives in the instruction set's namespace (see isa.h). The rules that kernels
+// rely on: vmax(x, y) is y when either is NaN; vexp2(0) == 1 exactly and vexp2 keeps NaN; no function's lanes
 // depend on one another. vfma rounds once where the hardware can and twice on baseline.
 #pragma once
 
@@ -176,7 +176,8 @@ TRANCHE_INLINE Vec vexp2(Vec x) {
 #endif
 }
 
-// tanh to about 2 ulp: an odd polynomial near 0 (where 1 - 2 / (e^2x + 1) would cancel), that quotient elsewhere.
+// tanh to about 2 ulp: an odd polynomial near 0 (where 1 - 2 / (e^2x + 1) would cancel), that quotient
+// elsewhere.
 TRANCHE_INLINE Vec vtanh(Vec x) {
   const Vec magnitude = vabs(x), square = vmul(x, x);
   Vec p = vset(-5.70498872745e-3f);
@@ -201,7 +202,8 @@ TRANCHE_INLINE void transpose16(__m512i (&a)[16]) {
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i += 4) {
     const __m512i t0 = _mm512_unpacklo_epi32(a[i], a[i + 1]), t1 = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    const __m512i t2 = _mm512_unpacklo_epi32(a[i + 2], a[i + 3]), t3 = _mm512_unpackhi_epi32(a[i + 2], a[i + 3]);
+    const __m512i t2 = _mm512_unpacklo_epi32(a[i + 2], a[i + 3]),
+                  t3 = _mm512_unpackhi_epi32(a[i + 2], a[i + 3]);
     b[i] = _mm512_unpacklo_epi64(t0, t2);
     b[i + 1] = _mm512_unpackhi_epi64(t0, t2);
     b[i + 2] = _mm512_unpacklo_epi64(t1, t3);
@@ -209,7 +211,8 @@ TRANCHE_INLINE void transpose16(__m512i (&a)[16]) {
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    const __m512i t0 = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88), t1 = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
+    const __m512i t0 = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88),
+                  t1 = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
     const __m512i t2 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
     const __m512i t3 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
     a[i] = _mm512_shuffle_i32x4(t0, t2, 0x88);
@@ -242,7 +245,9 @@ TRANCHE_INLINE Vec load16(const e4m3* p, int n) {
   return _mm512_mask_mov_ps(value, nan, vset(__builtin_nanf("")));
 }
 
-TRANCHE_INLINE void store16(float* p, Vec x, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1u), x); }
+TRANCHE_INLINE void store16(float* p, Vec x, int n) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1u), x);
+}
 TRANCHE_INLINE void store16(bf16* p, Vec x, int n) {
   const __m256i packed = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
   _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1u), packed);

@@ -31,10 +31,10 @@ T atomic(T* address, AtomicOp op, T value, T compare, Site site) {
 }  // namespace tranche::sim
 
 // The second argument takes no part in deduction: atomicAdd(&unsigned, 1) converts, as CUDA's overloads do.
-#define TRANCHE_SIM_ATOMIC(name, op)                                                                      \
-  template <class T>                                                                                      \
-  T name(T* address, std::type_identity_t<T> value, tranche::sim::Site site = tranche::sim::Site::here()) {         \
-    return tranche::sim::atomic<T>(address, tranche::sim::AtomicOp::op, value, T{}, site);                \
+#define TRANCHE_SIM_ATOMIC(name, op)                                                                        \
+  template <class T>                                                                                        \
+  T name(T* address, std::type_identity_t<T> value, tranche::sim::Site site = tranche::sim::Site::here()) { \
+    return tranche::sim::atomic<T>(address, tranche::sim::AtomicOp::op, value, T{}, site);                  \
   }
 
 TRANCHE_SIM_ATOMIC(atomicAdd, add)

@@ -1,8 +1,8 @@
-// Every primitive that our kernels use, alone in a kernel of its own. Built for the simulator and for the GPU, and
-// run by tests/sim on random data against an independent model: the two must do the same.
+// Every primitive that our kernels use, alone in a kernel of its own. Built for the simulator and for the
+// GPU, and run by tests/sim on random data against an independent model: the two must do the same.
 //
-// All kernels share one Params; thread i of the launch handles element i. Names in the table at the end are those
-// that the tests ask for.
+// All kernels share one Params; thread i of the launch handles element i. Names in the table at the end are
+// those that the tests ask for.
 #include <cstring>
 
 #include "core/launch.cuh"
@@ -15,9 +15,9 @@ struct Params {
   const void* b;
   const void* c;
   void* out;
-  int32_t n;           // elements
-  int32_t argument;    // width, variant...
-  uint32_t mask;       // lanes that take part in a collective
+  int32_t n;         // elements
+  int32_t argument;  // width, variant...
+  uint32_t mask;     // lanes that take part in a collective
   uint32_t grid[3], block[3];
 };
 
@@ -41,7 +41,8 @@ __device__ __forceinline__ T* out_as(const Params& p) {
   return static_cast<T*>(p.out);
 }
 
-// ---- asynchronous copies and shared memory ------------------------------------------------------------------
+// ---- asynchronous copies and shared memory
+// ------------------------------------------------------------------
 
 // out[i] = valid[i] ? a[i] : 0, through shared memory, in two groups: the odd chunks are waited for last.
 template <int bytes>
@@ -81,7 +82,8 @@ __global__ void load_streaming(Params p) {
   if (i < p.n) out_as<uint4>(p)[i] = ptx::load_streaming_16(in_a<uint4>(p) + i);
 }
 
-// out[block][i] = a[block][n - 1 - i], half of the elements through static and half through dynamic shared memory.
+// out[block][i] = a[block][n - 1 - i], half of the elements through static and half through dynamic shared
+// memory.
 __global__ void shared_memory(Params p) {
   SHARED(int32_t, fixed, 64);
   int32_t* dynamic = dynamic_smem<int32_t>();
@@ -114,7 +116,8 @@ __global__ void named_barriers(Params p) {
   }
 }
 
-// ---- matrices -------------------------------------------------------------------------------------------------
+// ---- matrices
+// -------------------------------------------------------------------------------------------------
 
 // a: 32 rows of 16 bytes; b: which of them each lane names; out[lane][register].
 template <int matrices, bool transposed>
@@ -155,7 +158,8 @@ __global__ void mma(Params p) {
   for (int j = 0; j < 4; ++j) out_as<Accumulator>(p)[i * 4 + j] = d[j];
 }
 
-// ---- lanes together -----------------------------------------------------------------------------------------
+// ---- lanes together
+// -----------------------------------------------------------------------------------------
 
 enum class Shuffle { index, up, down, exclusive_or };
 
@@ -225,9 +229,21 @@ __global__ void block_vote(Params p) {
   out[2] = __syncthreads_or(predicate) != 0;
 }
 
-// ---- atomics ------------------------------------------------------------------------------------------------
+// ---- atomics
+// ------------------------------------------------------------------------------------------------
 
-enum class Atomic { add, min, max, exchange, bit_and, bit_or, bit_xor, increment, decrement, compare_exchange };
+enum class Atomic {
+  add,
+  min,
+  max,
+  exchange,
+  bit_and,
+  bit_or,
+  bit_xor,
+  increment,
+  decrement,
+  compare_exchange
+};
 
 // Thread i applies a[i] to cell b[i] of out; what it got back goes to c's place (out + argument).
 template <class T, Atomic kind>
@@ -254,12 +270,44 @@ __global__ void atomic(Params p) {
   (out_as<T>(p) + p.argument)[i] = old;
 }
 
-// ---- element by element ---------------------------------------------------------------------------------------
+// ---- element by element
+// ---------------------------------------------------------------------------------------
 
 enum class Map {
-  popc, popcll, ffs, ffsll, clz, clzll, brev, byte_perm, funnel_l, funnel_r, umulhi, mulhi, dp4a_s, dp4a_u,
-  min_s, max_u, min_f, max_f, fma, to_int_rn, to_int_rz, to_int_rd, to_int_ru, saturate, exp2_approx, log2_approx,
-  pack_bf16, pack_half, half_to_float, bf16_to_float, e4m3_to_float, float_to_half, float_to_bf16, float_to_e4m3,
+  popc,
+  popcll,
+  ffs,
+  ffsll,
+  clz,
+  clzll,
+  brev,
+  byte_perm,
+  funnel_l,
+  funnel_r,
+  umulhi,
+  mulhi,
+  dp4a_s,
+  dp4a_u,
+  min_s,
+  max_u,
+  min_f,
+  max_f,
+  fma,
+  to_int_rn,
+  to_int_rz,
+  to_int_rd,
+  to_int_ru,
+  saturate,
+  exp2_approx,
+  log2_approx,
+  pack_bf16,
+  pack_half,
+  half_to_float,
+  bf16_to_float,
+  e4m3_to_float,
+  float_to_half,
+  float_to_bf16,
+  float_to_e4m3,
 };
 
 template <Map kind>
@@ -319,7 +367,8 @@ __global__ void indices(Params p) {
   for (int i = 0; i < 12; ++i) out[i] = values[i];
 }
 
-// ---- the table ------------------------------------------------------------------------------------------------
+// ---- the table
+// ------------------------------------------------------------------------------------------------
 
 struct Entry {
   const char* name;
@@ -327,15 +376,18 @@ struct Entry {
 };
 
 #define MAP(kind) {#kind, map<Map::kind>}
-#define SHUFFLE(name, T)                                                                                \
-  {"shuffle_index_" name, shuffle<T, Shuffle::index>}, {"shuffle_up_" name, shuffle<T, Shuffle::up>},   \
-      {"shuffle_down_" name, shuffle<T, Shuffle::down>}, {"shuffle_xor_" name, shuffle<T, Shuffle::exclusive_or>}
-#define ATOMIC(name, T)                                                                                         \
-  {"atomic_add_" name, atomic<T, Atomic::add>}, {"atomic_min_" name, atomic<T, Atomic::min>},                   \
-      {"atomic_max_" name, atomic<T, Atomic::max>}, {"atomic_exchange_" name, atomic<T, Atomic::exchange>},     \
-      {"atomic_and_" name, atomic<T, Atomic::bit_and>}, {"atomic_or_" name, atomic<T, Atomic::bit_or>},         \
-      {"atomic_xor_" name, atomic<T, Atomic::bit_xor>},                                                         \
-      {"atomic_compare_exchange_" name, atomic<T, Atomic::compare_exchange>}
+#define SHUFFLE(name, T)                                                                              \
+  {"shuffle_index_" name, shuffle<T, Shuffle::index>}, {"shuffle_up_" name, shuffle<T, Shuffle::up>}, \
+      {"shuffle_down_" name, shuffle<T, Shuffle::down>}, {                                            \
+    "shuffle_xor_" name, shuffle<T, Shuffle::exclusive_or>                                            \
+  }
+#define ATOMIC(name, T)                                                                                     \
+  {"atomic_add_" name, atomic<T, Atomic::add>}, {"atomic_min_" name, atomic<T, Atomic::min>},               \
+      {"atomic_max_" name, atomic<T, Atomic::max>}, {"atomic_exchange_" name, atomic<T, Atomic::exchange>}, \
+      {"atomic_and_" name, atomic<T, Atomic::bit_and>}, {"atomic_or_" name, atomic<T, Atomic::bit_or>},     \
+      {"atomic_xor_" name, atomic<T, Atomic::bit_xor>}, {                                                   \
+    "atomic_compare_exchange_" name, atomic<T, Atomic::compare_exchange>                                    \
+  }
 
 const Entry entries[] = {
     {"cp_async_16", cp_async<16>},
@@ -369,18 +421,47 @@ const Entry entries[] = {
     {"atomic_add_f32", atomic<float, Atomic::add>},
     {"atomic_increment_u32", atomic<unsigned, Atomic::increment>},
     {"atomic_decrement_u32", atomic<unsigned, Atomic::decrement>},
-    MAP(popc), MAP(popcll), MAP(ffs), MAP(ffsll), MAP(clz), MAP(clzll), MAP(brev), MAP(byte_perm), MAP(funnel_l),
-    MAP(funnel_r), MAP(umulhi), MAP(mulhi), MAP(dp4a_s), MAP(dp4a_u), MAP(min_s), MAP(max_u), MAP(min_f), MAP(max_f),
-    MAP(fma), MAP(to_int_rn), MAP(to_int_rz), MAP(to_int_rd), MAP(to_int_ru), MAP(saturate), MAP(exp2_approx),
-    MAP(log2_approx), MAP(pack_bf16), MAP(pack_half), MAP(half_to_float), MAP(bf16_to_float), MAP(e4m3_to_float),
-    MAP(float_to_half), MAP(float_to_bf16), MAP(float_to_e4m3),
+    MAP(popc),
+    MAP(popcll),
+    MAP(ffs),
+    MAP(ffsll),
+    MAP(clz),
+    MAP(clzll),
+    MAP(brev),
+    MAP(byte_perm),
+    MAP(funnel_l),
+    MAP(funnel_r),
+    MAP(umulhi),
+    MAP(mulhi),
+    MAP(dp4a_s),
+    MAP(dp4a_u),
+    MAP(min_s),
+    MAP(max_u),
+    MAP(min_f),
+    MAP(max_f),
+    MAP(fma),
+    MAP(to_int_rn),
+    MAP(to_int_rz),
+    MAP(to_int_rd),
+    MAP(to_int_ru),
+    MAP(saturate),
+    MAP(exp2_approx),
+    MAP(log2_approx),
+    MAP(pack_bf16),
+    MAP(pack_half),
+    MAP(half_to_float),
+    MAP(bf16_to_float),
+    MAP(e4m3_to_float),
+    MAP(float_to_half),
+    MAP(float_to_bf16),
+    MAP(float_to_e4m3),
     {"indices", indices},
 };
 
 }  // namespace tranche::conformance
 
-// Runs the kernel called `name` and waits for it. Returns "" or what went wrong; the text lives until the thread's
-// next call.
+// Runs the kernel called `name` and waits for it. Returns "" or what went wrong; the text lives until the
+// thread's next call.
 extern "C" __attribute__((visibility("default"))) const char* tranche_conformance(
     const char* name, const tranche::conformance::Params* params) {
   static thread_local std::string error;

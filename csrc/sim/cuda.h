@@ -1,5 +1,5 @@
-// CUDA's words for a host compiler: include this in place of <cuda_runtime.h>, and a kernel source compiles for
-// the simulator. Each group of words has its own short file.
+// CUDA's words for a host compiler: include this in place of <cuda_runtime.h>, and a kernel source compiles
+// for the simulator. Each group of words has its own short file.
 #pragma once
 
 #include <math.h>
@@ -39,9 +39,9 @@ using Array = T[count];
 
 // A block's static shared memory. The declaration is known by the address of a constant of its own, so that
 // every thread of the block, and every call of the function, gets the same place.
-#define SHARED(T, name, count)                                                                             \
-  static const char tranche_shared_##name = 0;                                                             \
-  ::tranche::sim::Array<T, (count)>& name = *static_cast<::tranche::sim::Array<T, (count)>*>(              \
+#define SHARED(T, name, count)                                                                \
+  static const char tranche_shared_##name = 0;                                                \
+  ::tranche::sim::Array<T, (count)>& name = *static_cast<::tranche::sim::Array<T, (count)>*>( \
       tranche_sim_static_shared(&tranche_shared_##name, #name, sizeof(T) * (count), alignof(T)))
 
 namespace tranche {

@@ -50,7 +50,8 @@ inline int __mulhi(int x, int y) { return int(int64_t(x) * y >> 32); }
 
 inline int __dp4a(int a, int b, int c) {
   uint32_t sum = uint32_t(c);
-  for (int i = 0; i < 4; ++i) sum += uint32_t(int(int8_t(unsigned(a) >> 8 * i)) * int(int8_t(unsigned(b) >> 8 * i)));
+  for (int i = 0; i < 4; ++i)
+    sum += uint32_t(int(int8_t(unsigned(a) >> 8 * i)) * int(int8_t(unsigned(b) >> 8 * i)));
   return int(sum);
 }
 inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
@@ -58,12 +59,18 @@ inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
   return c;
 }
 
-inline unsigned __float_as_uint(float x) { return tranche::sim::from_bits<unsigned>(tranche::sim::to_bits(x)); }
+inline unsigned __float_as_uint(float x) {
+  return tranche::sim::from_bits<unsigned>(tranche::sim::to_bits(x));
+}
 inline int __float_as_int(float x) { return tranche::sim::from_bits<int>(tranche::sim::to_bits(x)); }
 inline float __uint_as_float(unsigned x) { return tranche::sim::from_bits<float>(tranche::sim::to_bits(x)); }
 inline float __int_as_float(int x) { return tranche::sim::from_bits<float>(tranche::sim::to_bits(x)); }
-inline long long __double_as_longlong(double x) { return tranche::sim::from_bits<long long>(tranche::sim::to_bits(x)); }
-inline double __longlong_as_double(long long x) { return tranche::sim::from_bits<double>(tranche::sim::to_bits(x)); }
+inline long long __double_as_longlong(double x) {
+  return tranche::sim::from_bits<long long>(tranche::sim::to_bits(x));
+}
+inline double __longlong_as_double(long long x) {
+  return tranche::sim::from_bits<double>(tranche::sim::to_bits(x));
+}
 
 // ---- arithmetic -------------------------------------------------------------------------------------------
 

@@ -1,10 +1,10 @@
 // One kernel with everything that goes wrong in real ones, and every way to get it wrong: the simulator's own
 // test. `bug` selects what is taken out or put in; bug 0 is the kernel as it should be.
 //
-// out[s, m, n] = sum over k of a[m, k] * w[table[k / 16], k % 16, n] with a and w in bf16, w in pages of 16 rows
-// reached through a table. Each of `splits` blocks takes a part of the pages through a ring of tiles in shared
-// memory, leaves its partial sums in a workspace, and the block that arrives last adds them up in fixed order.
-// Beside it, each split's row maxima of a are reduced through shuffles and shared memory.
+// out[s, m, n] = sum over k of a[m, k] * w[table[k / 16], k % 16, n] with a and w in bf16, w in pages of 16
+// rows reached through a table. Each of `splits` blocks takes a part of the pages through a ring of tiles in
+// shared memory, leaves its partial sums in a workspace, and the block that arrives last adds them up in
+// fixed order. Beside it, each split's row maxima of a are reduced through shuffles and shared memory.
 #include "core/launch.cuh"
 #include "core/ptx.cuh"
 
@@ -82,7 +82,8 @@ __global__ void __launch_bounds__(kThreads) paged_product(Params p) {
   const int t = threadIdx.x, warp = t / 32, lane = t % 32;
   const int64_t m0 = int64_t(blockIdx.x) * kRows;
   const int pages = int(p.K / kPage), split = blockIdx.y;
-  const int first = int(int64_t(pages) * split / p.splits), last = int(int64_t(pages) * (split + 1) / p.splits);
+  const int first = int(int64_t(pages) * split / p.splits),
+            last = int(int64_t(pages) * (split + 1) / p.splits);
 
   for (int stage = 0; stage < kStages - 1; ++stage) {
     if (first + stage < last) load_tile<bug>(p, ring[stage], m0, first + stage);
@@ -156,8 +157,8 @@ __global__ void __launch_bounds__(kThreads) paged_product(Params p) {
     if (m0 + t < p.M) p.row_max[split * p.M + m0 + t] = mine;
   }
 
-  // Fragments go to the workspace; halves of a warp swap their values through shared memory on the way, so that
-  // each thread stores two neighbouring columns of the row it owns.
+  // Fragments go to the workspace; halves of a warp swap their values through shared memory on the way, so
+  // that each thread stores two neighbouring columns of the row it owns.
   float* partial = p.partial + (int64_t(split) * p.M) * kColumns;
   for (int i = 0; i < 4; ++i) {
     for (int half_tile = 0; half_tile < 2; ++half_tile) {
@@ -190,7 +191,8 @@ __global__ void __launch_bounds__(kThreads) paged_product(Params p) {
     float4 sum = make_float4(0, 0, 0, 0);
     for (int s = 0; s < p.splits; ++s) {
       const float* source = p.partial + (int64_t(s) * p.M + m0 + row) * kColumns + column;
-      const float4 part = *reinterpret_cast<const float4*>(source + (bug == misaligned_vector && column == 0));
+      const float4 part =
+          *reinterpret_cast<const float4*>(source + (bug == misaligned_vector && column == 0));
       sum.x += part.x;
       sum.y += part.y;
       sum.z += part.z;
@@ -203,7 +205,8 @@ __global__ void __launch_bounds__(kThreads) paged_product(Params p) {
 
 template <int bug>
 void run(const Params& p) {
-  const LaunchShape shape{dim3(unsigned((p.M + kRows - 1) / kRows), unsigned(p.splits)), dim3(kThreads), kSharedBytes};
+  const LaunchShape shape{dim3(unsigned((p.M + kRows - 1) / kRows), unsigned(p.splits)), dim3(kThreads),
+                          kSharedBytes};
   launch("paged_product", paged_product<bug>, shape, nullptr, p);
 }
 
@@ -215,8 +218,8 @@ void dispatch(int bug, const Params& p, std::integer_sequence<int, bugs...>) {
 }  // namespace tranche::planted
 
 // Returns 0, or 1 if the launch threw; the simulator's last report then says why.
-extern "C" __attribute__((visibility("default"))) int tranche_planted(int bug,
-                                                                      const tranche::planted::Params* params) {
+extern "C" __attribute__((visibility("default"))) int tranche_planted(
+    int bug, const tranche::planted::Params* params) {
   using namespace tranche::planted;
   try {
     dispatch(bug, *params, std::make_integer_sequence<int, bug_count>());

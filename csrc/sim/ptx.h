@@ -1,5 +1,6 @@
-// The host twins of core/ptx.cuh: the same names and signatures, plus the line of the call. Register arrays are
-// handed over by value, so that a kernel's accumulators stay in registers and out of the instrumented traffic.
+// The host twins of core/ptx.cuh: the same names and signatures, plus the line of the call. Register arrays
+// are handed over by value, so that a kernel's accumulators stay in registers and out of the instrumented
+// traffic.
 #pragma once
 
 #include "core/numeric.h"
@@ -14,7 +15,8 @@ inline uint32_t shared_address(const void* pointer, Site site = Site::here()) {
   return tranche_sim_shared_offset(pointer, site);
 }
 
-// ---- named barriers -----------------------------------------------------------------------------------------
+// ---- named barriers
+// -----------------------------------------------------------------------------------------
 
 inline void named_barrier_sync(uint32_t id, uint32_t count, Site site = Site::here()) {
   tranche_sim_named_barrier(id, count, true, site);
@@ -42,7 +44,8 @@ inline void cp_async_wait() {
   tranche_sim_copy_async_wait(pending);
 }
 
-// ---- 8x8 matrices of 16-bit elements between shared memory and registers -----------------------------------
+// ---- 8x8 matrices of 16-bit elements between shared memory and registers
+// -----------------------------------
 
 namespace detail {
 
@@ -77,7 +80,8 @@ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, Site s
   detail::ldmatrix(r, WarpOp::ldmatrix_trans, row, site);
 }
 
-// ---- d = a * b + d, a row-major, b column-major, one warp ---------------------------------------------------
+// ---- d = a * b + d, a row-major, b column-major, one warp
+// ---------------------------------------------------
 
 namespace detail {
 
@@ -120,8 +124,8 @@ template <class T>
 __forceinline__ void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b,
                                  Site site = Site::here()) {
   static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, half>);
-  detail::mma(d, a[0], a[1], 0, 0, b, 0, detail::is_bf16<T> ? WarpOp::mma_m16n8k8_bf16 : WarpOp::mma_m16n8k8_f16,
-              site);
+  detail::mma(d, a[0], a[1], 0, 0, b, 0,
+              detail::is_bf16<T> ? WarpOp::mma_m16n8k8_bf16 : WarpOp::mma_m16n8k8_f16, site);
 }
 
 template <class T>
@@ -140,13 +144,17 @@ __forceinline__ void mma_m16n8k16(int32_t (&d)[4], const uint32_t (&a)[2], uint3
               detail::is_signed_byte<T> ? WarpOp::mma_m16n8k16_s8 : WarpOp::mma_m16n8k16_u8, site);
 }
 
-// ---- conversions and arithmetic ------------------------------------------------------------------------------
+// ---- conversions and arithmetic
+// ------------------------------------------------------------------------------
 
 template <class T>
 inline uint32_t pack(float low, float high) {
   static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, half>);
   return uint32_t(from_float<T>(high).bits) << 16 | from_float<T>(low).bits;
 }
+
+// A product rounded on its own, never contracted with what it is added to.
+inline float mul(float a, float b) { return a * b; }
 
 namespace detail {
 
@@ -162,7 +170,8 @@ inline float exp2_approx(float x) { return detail::flush(exp2f(detail::flush(x))
 
 inline float log2_approx(float x) { return log2f(detail::flush(x)); }
 
-// ---- global memory -------------------------------------------------------------------------------------------
+// ---- global memory
+// -------------------------------------------------------------------------------------------
 
 inline uint4 load_streaming_16(const void* global, Site site = Site::here()) {
   return tranche_sim_load_16(global, site);

@@ -1,6 +1,6 @@
 // The interface between kernels compiled for the simulator and its runtime library. Plain functions with C
-// names, so that the library can hide everything else: were its std:: templates visible, the linker might give
-// it the kernels' instrumented copies, and the runtime would end up checking itself.
+// names, so that the library can hide everything else: were its std:: templates visible, the linker might
+// give it the kernels' instrumented copies, and the runtime would end up checking itself.
 //
 // Nothing here is called by kernel authors: cuda.h and ptx.h dress these functions as CUDA's.
 #pragma once
@@ -56,7 +56,18 @@ enum class WarpOp : uint8_t {
 
 enum class BlockOp : uint8_t { sync, count, all, any };
 
-enum class AtomicOp : uint8_t { add, min, max, exchange, compare_exchange, bit_and, bit_or, bit_xor, increment, decrement };
+enum class AtomicOp : uint8_t {
+  add,
+  min,
+  max,
+  exchange,
+  compare_exchange,
+  bit_and,
+  bit_or,
+  bit_xor,
+  increment,
+  decrement
+};
 
 enum class AtomicType : uint8_t { s32, u32, s64, u64, f32, f64 };
 
@@ -87,7 +98,8 @@ TRANCHE_SIM_API uint32_t tranche_sim_shared_offset(const void* pointer, tranche:
 
 TRANCHE_SIM_API uint32_t tranche_sim_block_barrier(tranche::sim::BlockOp op, uint32_t predicate,
                                                    tranche::sim::Site site);
-TRANCHE_SIM_API void tranche_sim_named_barrier(uint32_t id, uint32_t count, bool wait, tranche::sim::Site site);
+TRANCHE_SIM_API void tranche_sim_named_barrier(uint32_t id, uint32_t count, bool wait,
+                                               tranche::sim::Site site);
 TRANCHE_SIM_API uint64_t tranche_sim_warp(tranche::sim::WarpOp op, uint32_t mask, uint64_t value,
                                           uint32_t argument, uint32_t width, tranche::sim::Site site);
 TRANCHE_SIM_API uint32_t tranche_sim_live_lanes();
@@ -95,12 +107,14 @@ TRANCHE_SIM_API uint32_t tranche_sim_live_lanes();
 TRANCHE_SIM_API tranche::sim::Word4Result tranche_sim_ldmatrix(tranche::sim::WarpOp op, uint32_t matrices,
                                                                const void* row, tranche::sim::Site site);
 TRANCHE_SIM_API tranche::sim::Float4Result tranche_sim_mma_f32(uint32_t a0, uint32_t a1, uint32_t a2,
-                                                               uint32_t a3, uint32_t b0, uint32_t b1, float d0,
-                                                               float d1, float d2, float d3,
-                                                               tranche::sim::WarpOp op, tranche::sim::Site site);
+                                                               uint32_t a3, uint32_t b0, uint32_t b1,
+                                                               float d0, float d1, float d2, float d3,
+                                                               tranche::sim::WarpOp op,
+                                                               tranche::sim::Site site);
 TRANCHE_SIM_API tranche::sim::Word4Result tranche_sim_mma_s32(uint64_t a01, uint64_t a23, uint64_t b01,
                                                               uint64_t d01, uint64_t d23,
-                                                              tranche::sim::WarpOp op, tranche::sim::Site site);
+                                                              tranche::sim::WarpOp op,
+                                                              tranche::sim::Site site);
 
 TRANCHE_SIM_API void tranche_sim_copy_async(void* shared, const void* global, uint32_t bytes, bool valid,
                                             tranche::sim::Site site);
@@ -116,7 +130,8 @@ TRANCHE_SIM_API void tranche_sim_pause();
 TRANCHE_SIM_API int64_t tranche_sim_clock();
 TRANCHE_SIM_API void tranche_sim_trap(const char* what, tranche::sim::Site site);
 
-// ---- for the code that launches, and for tests through ctypes ----------------------------------------------
+// ---- for the code that launches, and for tests through ctypes
+// ----------------------------------------------
 
 // Once a host thread has registered a buffer, kernels that it launches may touch registered buffers only.
 TRANCHE_SIM_API void tranche_sim_register_buffer(const void* address, size_t bytes);

@@ -48,7 +48,8 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, tranche::sim::Site site = tr
 }
 
 template <class T>
-T __shfl_sync(unsigned mask, T value, int lane, int width = 32, tranche::sim::Site site = tranche::sim::Site::here()) {
+T __shfl_sync(unsigned mask, T value, int lane, int width = 32,
+              tranche::sim::Site site = tranche::sim::Site::here()) {
   return tranche::sim::shuffle(tranche::sim::WarpOp::shuffle, mask, value, unsigned(lane), width, site);
 }
 template <class T>
@@ -67,7 +68,8 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32,
   return tranche::sim::shuffle(tranche::sim::WarpOp::shuffle_xor, mask, value, unsigned(lanes), width, site);
 }
 
-inline unsigned __ballot_sync(unsigned mask, int predicate, tranche::sim::Site site = tranche::sim::Site::here()) {
+inline unsigned __ballot_sync(unsigned mask, int predicate,
+                              tranche::sim::Site site = tranche::sim::Site::here()) {
   return unsigned(tranche_sim_warp(tranche::sim::WarpOp::ballot, mask, predicate != 0, 0, 32, site));
 }
 inline int __all_sync(unsigned mask, int predicate, tranche::sim::Site site = tranche::sim::Site::here()) {
@@ -79,41 +81,49 @@ inline int __any_sync(unsigned mask, int predicate, tranche::sim::Site site = tr
 
 template <class T>
 unsigned __match_any_sync(unsigned mask, T value, tranche::sim::Site site = tranche::sim::Site::here()) {
-  return unsigned(tranche_sim_warp(tranche::sim::WarpOp::match_any, mask, tranche::sim::to_bits(value), 0, 32, site));
+  return unsigned(
+      tranche_sim_warp(tranche::sim::WarpOp::match_any, mask, tranche::sim::to_bits(value), 0, 32, site));
 }
 template <class T>
-unsigned __match_all_sync(unsigned mask, T value, int* agreed, tranche::sim::Site site = tranche::sim::Site::here()) {
-  const auto lanes =
-      unsigned(tranche_sim_warp(tranche::sim::WarpOp::match_all, mask, tranche::sim::to_bits(value), 0, 32, site));
+unsigned __match_all_sync(unsigned mask, T value, int* agreed,
+                          tranche::sim::Site site = tranche::sim::Site::here()) {
+  const auto lanes = unsigned(
+      tranche_sim_warp(tranche::sim::WarpOp::match_all, mask, tranche::sim::to_bits(value), 0, 32, site));
   *agreed = lanes != 0;
   return lanes;
 }
 
-inline unsigned __reduce_add_sync(unsigned mask, unsigned value, tranche::sim::Site site = tranche::sim::Site::here()) {
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value,
+                                  tranche::sim::Site site = tranche::sim::Site::here()) {
   return unsigned(tranche_sim_warp(tranche::sim::WarpOp::reduce_add, mask, value, 0, 32, site));
 }
 inline int __reduce_add_sync(unsigned mask, int value, tranche::sim::Site site = tranche::sim::Site::here()) {
   return int(tranche_sim_warp(tranche::sim::WarpOp::reduce_add, mask, unsigned(value), 0, 32, site));
 }
-inline unsigned __reduce_min_sync(unsigned mask, unsigned value, tranche::sim::Site site = tranche::sim::Site::here()) {
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value,
+                                  tranche::sim::Site site = tranche::sim::Site::here()) {
   return unsigned(tranche_sim_warp(tranche::sim::WarpOp::reduce_min_u32, mask, value, 0, 32, site));
 }
 inline int __reduce_min_sync(unsigned mask, int value, tranche::sim::Site site = tranche::sim::Site::here()) {
   return int(tranche_sim_warp(tranche::sim::WarpOp::reduce_min_s32, mask, unsigned(value), 0, 32, site));
 }
-inline unsigned __reduce_max_sync(unsigned mask, unsigned value, tranche::sim::Site site = tranche::sim::Site::here()) {
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value,
+                                  tranche::sim::Site site = tranche::sim::Site::here()) {
   return unsigned(tranche_sim_warp(tranche::sim::WarpOp::reduce_max_u32, mask, value, 0, 32, site));
 }
 inline int __reduce_max_sync(unsigned mask, int value, tranche::sim::Site site = tranche::sim::Site::here()) {
   return int(tranche_sim_warp(tranche::sim::WarpOp::reduce_max_s32, mask, unsigned(value), 0, 32, site));
 }
-inline unsigned __reduce_and_sync(unsigned mask, unsigned value, tranche::sim::Site site = tranche::sim::Site::here()) {
+inline unsigned __reduce_and_sync(unsigned mask, unsigned value,
+                                  tranche::sim::Site site = tranche::sim::Site::here()) {
   return unsigned(tranche_sim_warp(tranche::sim::WarpOp::reduce_and, mask, value, 0, 32, site));
 }
-inline unsigned __reduce_or_sync(unsigned mask, unsigned value, tranche::sim::Site site = tranche::sim::Site::here()) {
+inline unsigned __reduce_or_sync(unsigned mask, unsigned value,
+                                 tranche::sim::Site site = tranche::sim::Site::here()) {
   return unsigned(tranche_sim_warp(tranche::sim::WarpOp::reduce_or, mask, value, 0, 32, site));
 }
-inline unsigned __reduce_xor_sync(unsigned mask, unsigned value, tranche::sim::Site site = tranche::sim::Site::here()) {
+inline unsigned __reduce_xor_sync(unsigned mask, unsigned value,
+                                  tranche::sim::Site site = tranche::sim::Site::here()) {
   return unsigned(tranche_sim_warp(tranche::sim::WarpOp::reduce_xor, mask, value, 0, 32, site));
 }
 

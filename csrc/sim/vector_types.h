@@ -1,23 +1,17 @@
-// CUDA's built-in vector types, with CUDA's alignments: a 16-byte access through a pointer to one of them is a
-// claim that the pointer is 16-byte aligned, and the simulator holds the kernel to it.
+// CUDA's built-in vector types, with CUDA's alignments: a 16-byte access through a pointer to one of them is
+// a claim that the pointer is 16-byte aligned, and the simulator holds the kernel to it.
 #pragma once
 
-#define TRANCHE_SIM_VECTOR2(name, T, alignment)          \
-  struct alignas(alignment) name##2 {                    \
-    T x, y;                                              \
-  };                                                     \
+#define TRANCHE_SIM_VECTOR2(name, T, alignment)  \
+  struct alignas(alignment) name##2 { T x, y; }; \
   inline name##2 make_##name##2(T x, T y) { return {x, y}; }
 
-#define TRANCHE_SIM_VECTOR3(name, T)                     \
-  struct name##3 {                                       \
-    T x, y, z;                                           \
-  };                                                     \
+#define TRANCHE_SIM_VECTOR3(name, T) \
+  struct name##3 { T x, y, z; };     \
   inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }
 
-#define TRANCHE_SIM_VECTOR4(name, T, alignment)          \
-  struct alignas(alignment) name##4 {                    \
-    T x, y, z, w;                                        \
-  };                                                     \
+#define TRANCHE_SIM_VECTOR4(name, T, alignment)        \
+  struct alignas(alignment) name##4 { T x, y, z, w; }; \
   inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 
 TRANCHE_SIM_VECTOR2(char, signed char, 2)

@@ -170,7 +170,8 @@ void set_scalars(const TensorChecks& check, TreeAttentionParams& p, std::optiona
              "Leave it out for no window.");
   check.that(!softcap || (std::isfinite(*softcap) && *softcap > 0), "a finite softcap > 0",
              softcap ? concat(*softcap) : "", "Leave it out for no cap.");
-  p.scale = float(scale.value_or(1.0 / std::sqrt(double(p.head_dim))));
+  p.scale_f64 = scale.value_or(1.0 / std::sqrt(double(p.head_dim)));
+  p.scale = float(p.scale_f64);
   p.window = window.value_or(0);
   p.softcap = float(softcap.value_or(0.0));
   p.exact = exact;

@@ -27,10 +27,14 @@ template <class F>
 TRANCHE_INLINE void with_kernel(const TreeAttentionParams& p, const F& f) {
   const bool fp8 = p.kv_type == DType::e4m3;
   switch (p.q_type) {
-    case DType::f32: return fp8 ? f(Tag<Kernel<float, e4m3>>()) : f(Tag<Kernel<float, float>>());
-    case DType::f16: return fp8 ? f(Tag<Kernel<half, e4m3>>()) : f(Tag<Kernel<half, half>>());
-    case DType::bf16: return fp8 ? f(Tag<Kernel<bf16, e4m3>>()) : f(Tag<Kernel<bf16, bf16>>());
-    default: return;
+    case DType::f32:
+      return fp8 ? f(Tag<Kernel<float, e4m3>>()) : f(Tag<Kernel<float, float>>());
+    case DType::f16:
+      return fp8 ? f(Tag<Kernel<half, e4m3>>()) : f(Tag<Kernel<half, half>>());
+    case DType::bf16:
+      return fp8 ? f(Tag<Kernel<bf16, e4m3>>()) : f(Tag<Kernel<bf16, bf16>>());
+    default:
+      return;
   }
 }
 

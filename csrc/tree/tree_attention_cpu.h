@@ -1,14 +1,14 @@
 // What the CPU kernels of tree_attention share: how the work is cut, which keys a row sees, and how partial
 // results are merged. The kernels themselves are in tree_attention_cpu_{fma,amx,f64}.h.
 //
-// Layout. The G * n_nodes query rows of one kv head (row = node * G + head in group) are cut into blocks of up
-// to 16 tiles of 16 rows. Rows lie along the lanes: scores are [key][16 rows], the running output is
+// Layout. The G * n_nodes query rows of one kv head (row = node * G + head in group) are cut into blocks of
+// up to 16 tiles of 16 rows. Rows lie along the lanes: scores are [key][16 rows], the running output is
 // [d][16 rows], so max, sum and rescale are vertical and no lane depends on another.
 //
-// Order. Every sum runs by key *position*: slot for the prefix, cache_seqlens + depth for a node. Chunks are 256
-// positions, segments 8 chunks, both at absolute multiples; within a chunk a row's visible keys go in ascending
-// position and invisible ones are exact no-ops (p = 0 times a finite value). So a row has the bits of N = 1
-// decode at its position: exact is the only mode here.
+// Order. Every sum runs by key *position*: slot for the prefix, cache_seqlens + depth for a node. Chunks are
+// 256 positions, segments 8 chunks, both at absolute multiples; within a chunk a row's visible keys go in
+// ascending position and invisible ones are exact no-ops (p = 0 times a finite value). So a row has the bits
+// of N = 1 decode at its position: exact is the only mode here.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +21,7 @@
 
 namespace tranche::cpu::TRANCHE_ISA {
 
-constexpr int kLanes = 16;      // rows in a tile
+constexpr int kLanes = 16;       // rows in a tile
 constexpr int kBlockTiles = 16;  // tiles in a block at most
 constexpr int kChunk = 256;
 constexpr int kSegment = 2048;
@@ -59,18 +59,19 @@ TRANCHE_INLINE int node_count(const TreeAttentionParams& p, int b) {
   return int(least<int64_t>(most(p.n_nodes[b], 0), p.nodes));
 }
 TRANCHE_INLINE int committed(const TreeAttentionParams& p, int b) {
-  return int(least<int64_t>(most(p.cache_seqlens[b], 0), most<int64_t>(int64_t(p.capacity) - node_count(p, b), 0)));
+  return int(
+      least<int64_t>(most(p.cache_seqlens[b], 0), most<int64_t>(int64_t(p.capacity) - node_count(p, b), 0)));
 }
 
 // How a call is cut into tasks. Nothing here changes a bit of the result.
 struct Geometry {
-  int group;         // query heads per kv head
-  int padded_dim;    // D rounded up to 16
-  int block_tiles;   // tiles in a block
-  int blocks;        // blocks per kv head, at capacity
-  int segments;      // of the longest sequence
-  bool split;        // one task per segment, with the partial results in the workspace, instead of one for all
-  int64_t heads;     // (sequence, kv head, block) triples
+  int group;        // query heads per kv head
+  int padded_dim;   // D rounded up to 16
+  int block_tiles;  // tiles in a block
+  int blocks;       // blocks per kv head, at capacity
+  int segments;     // of the longest sequence
+  bool split;       // one task per segment, with the partial results in the workspace, instead of one for all
+  int64_t heads;    // (sequence, kv head, block) triples
   int64_t tasks;
   int workers;
 };
@@ -83,7 +84,8 @@ TRANCHE_INLINE Geometry geometry(const TreeAttentionParams& p) {
   g.block_tiles = int(least<int64_t>(tiles, kBlockTiles));
   g.blocks = int(round_up(tiles, kBlockTiles) / kBlockTiles);
   int64_t longest = 0;
-  for (int b = 0; b < p.batch; ++b) longest = most<int64_t>(longest, int64_t(committed(p, b)) + node_count(p, b));
+  for (int b = 0; b < p.batch; ++b)
+    longest = most<int64_t>(longest, int64_t(committed(p, b)) + node_count(p, b));
   g.segments = int(most<int64_t>(round_up(longest, kSegment) / kSegment, 1));
   g.heads = int64_t(p.batch) * p.heads_kv * g.blocks;
   const int threads = num_threads();
@@ -96,7 +98,8 @@ TRANCHE_INLINE Geometry geometry(const TreeAttentionParams& p) {
 // Where the rows of one kv head of one sequence lie in a cache.
 class CacheRows {
  public:
-  CacheRows(const TreeAttentionParams& p, const void* cache, const int64_t* stride, int element, int b, int head)
+  CacheRows(const TreeAttentionParams& p, const void* cache, const int64_t* stride, int element, int b,
+            int head)
       : base_(static_cast<const char*>(cache) + head * stride[2] * element),
         outer_(stride[0] * element),
         inner_(stride[1] * element),
@@ -119,7 +122,7 @@ class CacheRows {
   int32_t page_size_, last_page_;
 };
 
-// Unnormalised output, maximum (of scores times log2 e) and sum of each row over some keys.
+// Unnormalised output, base (about the maximum of scores times log2 e) and sum of each row over some keys.
 struct Partial {
   float* out;  // [tiles][padded_dim][16]
   float* max;  // [tiles][16]
@@ -136,16 +139,43 @@ struct Partial {
   }
 };
 
-// The keys of one chunk: its committed slots, then, from row `padded` on, the nodes whose positions lie in it.
+// Brings the next chunk's rows into the second-level cache while this one is worked on. A row is a few lines
+// at a stride of all heads, which hardware prefetchers do not follow. Kernels call work() with the cycles
+// that a step takes, so that the requests spread evenly.
+class Prefetch {
+ public:
+  void begin(const CacheRows& k, const CacheRows& v, int64_t first, int keys, int row_bytes) {
+    k_ = &k, v_ = &v, first_ = first, rows_ = 2 * keys, next_ = 0, bytes_ = row_bytes;
+    progress_ = 0.0f;
+  }
+  void expect(float cycles) { per_cycle_ = float(rows_) / cycles; }
+  void work(float cycles) {
+    progress_ += cycles * per_cycle_;
+    for (const int until = least(int(progress_), rows_); next_ < until; ++next_) {
+      const char* row = (next_ % 2 ? v_ : k_)->row(first_ + next_ / 2);
+      for (int i = 0; i < bytes_; i += 64) __builtin_prefetch(row + i, 0, 2);
+    }
+  }
+
+ private:
+  const CacheRows *k_ = nullptr, *v_ = nullptr;
+  int64_t first_ = 0;
+  int rows_ = 0, next_ = 0, bytes_ = 0;
+  float progress_ = 0.0f, per_cycle_ = 0.0f;
+};
+
+// The keys of one chunk: its committed slots, then, from row `padded` on, the nodes whose positions lie in
+// it.
 struct Chunk {
-  int64_t first;          // position of the first key
-  int prefix;             // committed slots: positions first .. first + prefix - 1
-  int padded;             // prefix rounded up to 32
+  int64_t first;  // position of the first key
+  int prefix;     // committed slots: positions first .. first + prefix - 1
+  int padded;     // prefix rounded up to 32
   int nodes;
-  bool uniform;           // all rows see all committed slots
-  const int32_t* node;    // [nodes] ascending
-  const char** k_row;     // [round_up(padded + nodes, 32)] null: no such key
+  bool uniform;         // all rows see all committed slots
+  const int32_t* node;  // [nodes] ascending
+  const char** k_row;   // [round_up(padded + nodes, 32)] null: no such key
   const char** v_row;
+  Prefetch* prefetch;  // of the next chunk
 };
 
 // A block of rows, and what each of them sees.
@@ -155,12 +185,12 @@ struct Block {
   int seqlen, n;
   int first_node, last_node;
   int32_t min_limit, max_limit;
-  int32_t deepest;     // largest depth among the block's rows
-  int32_t* limit;      // [tiles * 16] a row sees positions above this
-  uint16_t* visible;   // [n][block_tiles] lanes that see the node
-  int32_t* depth;      // [n]
-  int32_t* list;       // nodes of the chunk at hand
-  int32_t* index;      // [n] their places in it
+  int32_t deepest;    // largest depth among the block's rows
+  int32_t* limit;     // [tiles * 16] a row sees positions above this
+  uint16_t* visible;  // [n][block_tiles] lanes that see the node
+  int32_t* depth;     // [n]
+  int32_t* list;      // nodes of the chunk at hand
+  int32_t* index;     // [n] their places in it
   const char **k_row, **v_row;
 
   void take(Arena& arena, const TreeAttentionParams& p, const Geometry& g) {
@@ -322,14 +352,19 @@ TRANCHE_INLINE Vec visible_max(const Chunk& chunk, const Block& block, const Geo
 // A maximum that can be subtracted: 0 where no key has been seen.
 TRANCHE_INLINE Vec finite_max(Vec m) { return vselect(veq(m, vset(-kInf)), vset(0.0f), m); }
 
-// Takes `chunk_max` (unscaled) into the running maximum; returns what sum and output must be multiplied with,
-// exactly 1 where the maximum stays.
+// What weights are taken relative to, given the largest score of a chunk (unscaled): the running maximum, but
+// it follows only rises of more than kSlack powers of two, so that the output is seldom rescaled. A weight is
+// then at most 2^kSlack, which costs no precision. Decided per row. Returns what sum and output must be
+// multiplied with, exactly 1 where the base stays.
 TRANCHE_INLINE Vec advance_max(float* running, Vec chunk_max, float factor) {
+  constexpr float kSlack = 8.0f;
   const Vec old = vload(running), lowest = vset(-kInf);
   const Vec scaled = vselect(veq(chunk_max, lowest), lowest, vmul(chunk_max, vset(factor)));
-  const Vec now = vmax(scaled, old);
+  const Vec now = vselect(vlt(vadd(old, vset(kSlack)), scaled), scaled, old);
   vstore(running, now);
-  return vselect(veq(now, old), vset(1.0f), vexp2<6>(vsub(old, finite_max(now))));
+  // Before the first key sum and output are 0.
+  const Mask stays = veq(now, old), first = veq(old, lowest);
+  return vselect(stays, vset(1.0f), vselect(first, vset(1.0f), vexp2<6>(vsub(old, now))));
 }
 
 // total += part, in the order of the calls.
@@ -359,7 +394,8 @@ TRANCHE_INLINE T* out_row(const TreeAttentionParams& p, int b, int node, int hea
 
 // Normalises and writes a block's rows.
 template <class T>
-static void finish(const TreeAttentionParams& p, const Geometry& g, const Block& block, const Partial& total) {
+static void finish(const TreeAttentionParams& p, const Geometry& g, const Block& block,
+                   const Partial& total) {
   const float v_scale = p.v_scale ? p.v_scale[block.head_kv] : 1.0f;
   const float ln2 = 0.6931471805599453f;
   for (int t = 0; t < block.tiles; ++t) {
@@ -422,6 +458,26 @@ static void clear_unused(const TreeAttentionParams& p, int b) {
   }
 }
 
+// Where a task begins to read.
+struct Start {
+  int b = 0, head_kv = 0;
+  int64_t first = 0;
+  int keys = 0;
+};
+
+TRANCHE_INLINE Start start_of(const TreeAttentionParams& p, const Geometry& g, int64_t task) {
+  Start start;
+  if (task >= g.tasks) return start;
+  const int64_t triple = g.split ? task / g.segments : task;
+  start.b = int(triple / g.blocks / p.heads_kv);
+  start.head_kv = int(triple / g.blocks % p.heads_kv);
+  const int64_t seqlen = committed(p, start.b);
+  if (g.split) start.first = task % g.segments * kSegment;
+  if (p.window > 0) start.first = most(start.first, (seqlen - p.window) / kChunk * kChunk);
+  start.keys = int(least<int64_t>(most<int64_t>(seqlen - start.first, 0), kChunk));
+  return start;
+}
+
 // A worker's memory: tables, partial results, and what the kernel takes.
 template <class Kernel>
 struct Worker {
@@ -435,15 +491,31 @@ struct Worker {
     part = Partial::at(arena.take<float>(Partial::floats(g)), g);
     kernel.take(arena);
   }
-  // The partial result of positions segment * 2048 .. + 2047.
-  void segment(const TreeAttentionParams& p, const Geometry& g, int index, const Partial& result) {
+  // The partial result of positions index * 2048 .. + 2047. `after` is what the worker will do next.
+  void segment(const TreeAttentionParams& p, const Geometry& g, int index, const Partial& result,
+               const Start& after) {
     const CacheRows k(p, p.k_cache, p.k_stride, Kernel::kElement, block.b, block.head_kv);
     const CacheRows v(p, p.v_cache, p.v_stride, Kernel::kElement, block.b, block.head_kv);
+    const CacheRows k_after(p, p.k_cache, p.k_stride, Kernel::kElement, after.b, after.head_kv);
+    const CacheRows v_after(p, p.v_cache, p.v_stride, Kernel::kElement, after.b, after.head_kv);
+    const int row_bytes = p.head_dim * Kernel::kElement;
+    Prefetch prefetch;
     result.clear(block.tiles, g.padded_dim);
     const int64_t begin = int64_t(index) * kSegment, last = int64_t(block.seqlen) + block.deepest;
+    bool at_end = false;
     for (int64_t first = begin; first < begin + kSegment && first <= last; first += kChunk) {
       Chunk chunk;
-      if (describe(chunk, block, g, k, v, first)) kernel.chunk(block, chunk, result);
+      if (!describe(chunk, block, g, k, v, first)) continue;
+      const int64_t next = first + kChunk;
+      const bool more = next < block.seqlen && !(g.split && next == begin + kSegment);
+      if (more) {
+        prefetch.begin(k, v, next, int(least<int64_t>(block.seqlen - next, kChunk)), row_bytes);
+      } else {
+        prefetch.begin(k_after, v_after, after.first, at_end ? 0 : after.keys, row_bytes);
+        at_end = true;
+      }
+      chunk.prefetch = &prefetch;
+      kernel.chunk(block, chunk, result);
     }
   }
 };
@@ -459,7 +531,8 @@ template <class Kernel>
 static size_t workspace_bytes(const TreeAttentionParams& p) {
   const Geometry g = geometry(p);
   if (g.tasks == 0) return 0;
-  const int64_t partials = g.split ? round_up(g.tasks * Partial::floats(g) * int64_t(sizeof(float)), 4096) : 0;
+  const int64_t partials =
+      g.split ? round_up(g.tasks * Partial::floats(g) * int64_t(sizeof(float)), 4096) : 0;
   return size_t(partials + g.workers * worker_bytes<Kernel>(p, g));
 }
 
@@ -469,7 +542,8 @@ static void run(const TreeAttentionParams& p) {
   const Geometry g = geometry(p);
   if (g.tasks == 0) return;
   float* partials = static_cast<float*>(p.workspace);
-  const int64_t partial_bytes = g.split ? round_up(g.tasks * Partial::floats(g) * int64_t(sizeof(float)), 4096) : 0;
+  const int64_t partial_bytes =
+      g.split ? round_up(g.tasks * Partial::floats(g) * int64_t(sizeof(float)), 4096) : 0;
   char* scratch = static_cast<char*>(p.workspace) + partial_bytes;
   const int64_t stride = worker_bytes<Kernel>(p, g);
 
@@ -481,9 +555,10 @@ static void run(const TreeAttentionParams& p) {
     [[maybe_unused]] typename Kernel::Session session;
     int64_t described = -1;
     bool in_use = false;
-    for (;;) {
-      const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (task >= g.tasks) break;
+    const auto claim = [&] { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); };
+    for (int64_t task = claim(), following; task < g.tasks; task = following) {
+      following = claim();
+      const Start after = start_of(p, g, following);
       const int64_t triple = g.split ? task / g.segments : task;
       if (triple != described) {
         in_use = describe(worker.block, p, g, triple);
@@ -492,13 +567,14 @@ static void run(const TreeAttentionParams& p) {
       }
       if (!in_use) continue;
       if (g.split) {
-        worker.segment(p, g, int(task % g.segments), Partial::at(partials + task * Partial::floats(g), g));
+        worker.segment(p, g, int(task % g.segments), Partial::at(partials + task * Partial::floats(g), g),
+                       after);
         continue;
       }
       const int last = int((int64_t(worker.block.seqlen) + worker.block.deepest) / kSegment);
-      worker.segment(p, g, 0, worker.total);
+      worker.segment(p, g, 0, worker.total, after);
       for (int s = 1; s <= last; ++s) {
-        worker.segment(p, g, s, worker.part);
+        worker.segment(p, g, s, worker.part, after);
         merge(worker.total, worker.part, worker.block.tiles, g.padded_dim);
       }
       finish<T>(p, g, worker.block, worker.total);

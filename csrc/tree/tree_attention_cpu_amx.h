@@ -1,19 +1,20 @@
 // tree_attention on AMX tiles.
 //
-// Scores are S^T = K Q^T (keys are the tile rows, so a key row goes in as it lies) and the output O^T = V^T P^T.
-// Rows lie along the lanes of both results, which makes the softmax between them vertical and lets the weights
-// of two keys, side by side as bf16, be the second operand as they are; V is transposed once per chunk.
+// Scores are S^T = K Q^T (keys are the tile rows, so a key row goes in as it lies) and the output O^T = V^T
+// P^T. Rows lie along the lanes of both results, which makes the softmax between them vertical and lets the
+// weights of two keys, side by side as bf16, be the second operand as they are; V is transposed once per
+// chunk.
 //
 // Types. A bf16 number is one part, fp16 is exactly the sum of two bf16 parts and fp32 of three; products of
 // parts below the type's own rounding are left out. e4m3 is one part. Weights are rounded to as many parts as
-// the query has. An infinite (or, in fp32, above 3.39e38) key or value that a row sees gives it NaN in fp16 and
-// fp32, where parts cancel.
+// the query has. An infinite (or, in fp32, above 3.39e38) key or value that a row sees gives it NaN in fp16
+// and fp32, where parts cancel.
 //
-// Order. One tile product takes 32 keys: the hardware sums keys 0-15 and keys 16-31 (the even and odd elements)
-// in one chain of FMAs each and adds their sum to the output. Positions of a group of 32 that lies in the
-// committed prefix are the same keys for all rows. In the groups from cache_seqlens / 32 on each node has keys of
-// its own: these go through the same product, once per node, with the node's path gathered by position and
-// zeros elsewhere. So decoding the node later, alone, takes the same steps.
+// Order. One tile product takes 32 keys: the hardware sums keys 0-15 and keys 16-31 (the even and odd
+// elements) in one chain of FMAs each and adds their sum to the output. Positions of a group of 32 that lies
+// in the committed prefix are the same keys for all rows. In the groups from cache_seqlens / 32 on each node
+// has keys of its own: these go through the same product, once per node, with the node's path gathered by
+// position and zeros elsewhere. So decoding the node later, alone, takes the same steps.
 #pragma once
 
 #include "core/amx.h"
@@ -23,6 +24,11 @@ namespace tranche::cpu::TRANCHE_ISA {
 
 constexpr int kGroup = 32;  // keys in a tile product
 constexpr int kChunkGroups = kChunk / kGroup;
+constexpr int kStrip = 2;  // row tiles worked on at a time
+
+// Rough cycles of the steps during which the next chunk is fetched; the tile products are not among them, as
+// they need the line buffers themselves. Packing: per 16 keys or 32 values of 128 elements and part.
+constexpr float kPackKeys = 300.0f, kPackValues = 700.0f, kSoftmax = 280.0f;
 
 template <class T>
 constexpr int kParts = 1;
@@ -31,8 +37,8 @@ constexpr int kParts<half> = 2;
 template <>
 constexpr int kParts<float> = 3;
 
-// Two vectors to kCount vectors of bf16 pairs, x0 in the low halves, whose sums are x0 and x1 (to nearest, for
-// the last part). kGuard: x may hold a NaN that rounding would carry into infinity's sign.
+// Two vectors to kCount vectors of bf16 pairs, x0 in the low halves, whose sums are x0 and x1 (to nearest,
+// for the last part). kGuard: x may hold a NaN that rounding would carry into infinity's sign.
 template <int kCount, bool kGuard>
 TRANCHE_INLINE void split_pair(Vec x0, Vec x1, __m512i (&parts)[kCount]) {
   const __m512i half_ulp = _mm512_set1_epi32(0x8000), high = _mm512_set1_epi32(int(0xffff0000u));
@@ -45,7 +51,8 @@ TRANCHE_INLINE void split_pair(Vec x0, Vec x1, __m512i (&parts)[kCount]) {
   for (int i = 0; i < kCount; ++i) {
     const __m512i r0 = _mm512_add_epi32(_mm512_castps_si512(x0), half_ulp);
     const __m512i r1 = _mm512_add_epi32(_mm512_castps_si512(x1), half_ulp);
-    parts[i] = _mm512_ternarylogic_epi32(r1, high, _mm512_srli_epi32(r0, 16), 0xea);  // (r1 & high) | r0 >> 16
+    parts[i] =
+        _mm512_ternarylogic_epi32(r1, high, _mm512_srli_epi32(r0, 16), 0xea);  // (r1 & high) | r0 >> 16
     if (i + 1 < kCount) {
       x0 = vsub(x0, _mm512_castsi512_ps(_mm512_and_si512(r0, high)));
       x1 = vsub(x1, _mm512_castsi512_ps(_mm512_and_si512(r1, high)));
@@ -62,7 +69,7 @@ TRANCHE_INLINE bool row_nonfinite(const void* row, int n, DType type) {
     const float* x = static_cast<const float*>(row);
     for (int i = 0; i < n; ++i) found |= uint32_t((float_bits(x[i]) & 0x7f800000u) == 0x7f800000u);
   } else {
-    const uint16_t* x = static_cast<const uint16_t*>(row), exponent = type == DType::f16 ? 0x7c00 : 0x7f80;
+    const uint16_t *x = static_cast<const uint16_t*>(row), exponent = type == DType::f16 ? 0x7c00 : 0x7f80;
     for (int i = 0; i < n; ++i) found |= uint32_t((x[i] & exponent) == exponent);
   }
   return found != 0;
@@ -84,18 +91,17 @@ class AmxKernel {
         keys_(int(round_up(kChunk + p.nodes, kGroup) + kGroup)) {}
 
   void take(Arena& arena) {
-    q_part_ = int64_t(g_.block_tiles) * dim_blocks_ * kTileBytes;
-    k_part_ = int64_t(keys_ / 16) * dim_blocks_ * kTileBytes;
-    v_part_ = int64_t(kChunkGroups) * dim_tiles_ * kTileBytes;
-    p_part_ = 2 * kChunkGroups * kTileBytes;
-    q_ = arena.take<char>(kQ * q_part_);
-    k_ = arena.take<char>(kK * k_part_);
-    v_ = arena.take<char>(kK * v_part_);
-    weights_ = arena.take<char>(kQ * p_part_);
-    scores_ = arena.take<float>(2 * int64_t(keys_) * kLanes);
-    v_path_ = arena.take<char>(kK * dim_tiles_ * kTileBytes);
+    const int64_t dim_pairs = (dim_tiles_ + 1) / 2;
+    q_ = arena.take<char>((g_.block_tiles + 1) / 2 * dim_blocks_ * kQBytes);
+    k_ = arena.take<char>(keys_ / kGroup * dim_blocks_ * kKBytes);
+    v_ = arena.take<char>(dim_pairs * kChunkGroups * kKBytes);
+    weights_ = arena.take<char>(kChunkGroups * kQBytes);
+    scores_ = arena.take<float>(kStrip * int64_t(keys_) * kLanes);
+    v_path_ = arena.take<char>(dim_pairs * kKBytes);
     weights_path_ = arena.take<char>(kQ * kTileBytes);
     path_ = arena.take<int32_t>(p_.nodes);
+    nonfinite_ = arena.take<bool>(keys_);
+    saved_ = arena.take<float>(int64_t(dim_) * kLanes);
   }
 
   void begin(const Block& block) {
@@ -108,21 +114,22 @@ class AmxKernel {
         const int r = block.first_row + tile * kLanes + lane;
         row[lane] = tile * kLanes + lane >= block.rows
                         ? nullptr
-                        : static_cast<const Q*>(p_.q) + block.b * p_.q_stride[0] + r / g_.group * p_.q_stride[1] +
+                        : static_cast<const Q*>(p_.q) + block.b * p_.q_stride[0] +
+                              r / g_.group * p_.q_stride[1] +
                               (block.head_kv * g_.group + r % g_.group) * p_.q_stride[2];
       }
       for (int db = 0; db < dim_blocks_; ++db) {
         __m512i x[2][16];
         load_transposed(row, db * 32, x[0], sign);
         load_transposed(row, db * 32 + 16, x[1], sign);
-        char* to = q_ + (int64_t(tile) * dim_blocks_ + db) * kTileBytes;
+        char* to = q_ + (int64_t(tile / 2) * dim_blocks_ + db) * kQBytes + tile % 2 * kTileBytes;
         for (int t = 0; t < 16; ++t) {
           // The elements of a pair are neighbours where keys are copied, 16 apart where they are converted.
           const __m512i low = kCopied ? x[t / 8][t % 8 * 2] : x[0][t];
           const __m512i high = kCopied ? x[t / 8][t % 8 * 2 + 1] : x[1][t];
           __m512i part[kQ];
           split_pair<kQ, true>(_mm512_castsi512_ps(low), _mm512_castsi512_ps(high), part);
-          for (int i = 0; i < kQ; ++i) _mm512_store_si512(to + i * q_part_ + t * 64, part[i]);
+          for (int i = 0; i < kQ; ++i) _mm512_store_si512(to + i * 2 * kTileBytes + t * 64, part[i]);
         }
       }
     }
@@ -130,34 +137,29 @@ class AmxKernel {
 
   void chunk(const Block& block, const Chunk& chunk, const Partial& result) {
     const int key_tiles = int(round_up(chunk.padded + chunk.nodes, kGroup)) / 16;
-    for (int tile = 0; tile < key_tiles; ++tile) pack_keys(chunk.k_row + tile * 16, tile);
+    Prefetch& prefetch = *chunk.prefetch;
+    const float per_part = float(kK * dim_) / 128.0f;
+    prefetch.expect((16 * kPackKeys + 8 * kPackValues) * per_part + float(8 * block.tiles) * kSoftmax);
+    for (int tile = 0; tile < key_tiles; ++tile) {
+      pack_keys(chunk.k_row + tile * 16, tile);
+      prefetch.work(kPackKeys * per_part);
+    }
 
     int groups = chunk.prefix / kGroup;  // shared by all rows
-    if (!chunk.uniform) {
-      for (int x = 0; x < chunk.prefix; ++x) {
-        if (row_nonfinite(chunk.v_row[x], p_.head_dim, dtype_of<KV>::value)) groups = 0;
-      }
+    const int rows = chunk.padded + chunk.nodes;
+    bool hidden_nonfinite = false;
+    for (int x = chunk.uniform ? groups * kGroup : 0; x < rows; ++x) {
+      nonfinite_[x] = chunk.v_row[x] && row_nonfinite(chunk.v_row[x], p_.head_dim, dtype_of<KV>::value);
+      hidden_nonfinite |= nonfinite_[x];
     }
+    if (!chunk.uniform && hidden_nonfinite) groups = 0;
     for (int i = 0; i < groups; ++i) {
-      pack_values(chunk.v_row + i * kGroup, v_ + int64_t(i) * dim_tiles_ * kTileBytes, v_part_);
+      pack_values(chunk.v_row + i * kGroup, v_ + i * kKBytes, kChunkGroups * kKBytes);
+      prefetch.work(kPackValues * per_part);
     }
-    const bool own = chunk.nodes > 0 || groups * kGroup < chunk.prefix;
-    for (int tile = 0; tile < block.tiles; tile += 2) {
-      const int tiles = least(block.tiles - tile, 2);
-      for (int k = 0; k < key_tiles; k += 2) tiles == 2 ? score<true>(tile, k) : score<false>(tile, k);
-      for (int t = 0; t < tiles; ++t) softmax(block, chunk, groups, tile + t, t, result);
-      float* out = result.out + int64_t(tile) * dim_ * kLanes;
-      for (int d = 0; d < dim_tiles_; d += 2) {
-        if (tiles == 2) {
-          d + 2 <= dim_tiles_ ? accumulate<true, true>(groups, d, out) : accumulate<true, false>(groups, d, out);
-        } else {
-          d + 2 <= dim_tiles_ ? accumulate<false, true>(groups, d, out) : accumulate<false, false>(groups, d, out);
-        }
-      }
-      for (int t = 0; own && t < tiles; ++t) {
-        own_groups(block, chunk, groups, tile + t, scores_ + int64_t(t) * keys_ * kLanes,
-                   out + int64_t(t) * dim_ * kLanes);
-      }
+    for (int tile = 0; tile < block.tiles; tile += kStrip) {
+      block.tiles - tile >= 2 ? strip<true>(block, chunk, groups, key_tiles, tile, result)
+                              : strip<false>(block, chunk, groups, key_tiles, tile, result);
     }
   }
 
@@ -165,6 +167,9 @@ class AmxKernel {
   static constexpr int kQ = kParts<Q>, kK = kParts<KV>;  // parts of queries and weights; of keys and values
   static constexpr bool kCopied = __is_same(KV, bf16);   // keys need no conversion
   static_assert(kQ >= kK);
+  // Packed operands are in the order in which they are used: pairs of tiles, with the parts of a pair
+  // together.
+  static constexpr int64_t kQBytes = 2 * kQ * kTileBytes, kKBytes = 2 * kK * kTileBytes;
 
   // Elements d .. d + 15 of 16 rows as x[element][row]; a null row is zeros.
   template <class T>
@@ -177,41 +182,54 @@ class AmxKernel {
     transpose16(x);
   }
 
-  // 16 keys to rows of tiles.
+  // 16 keys to rows of tiles. All loads come before all stores: loads that follow stores to the same offset
+  // in another page wait for them.
   void pack_keys(const char* const* row, int tile) const {
-    for (int i = 0; i < 16; ++i) {
-      char* to = k_ + int64_t(tile) * dim_blocks_ * kTileBytes + i * 64;
-      for (int db = 0; db < dim_blocks_; ++db, to += kTileBytes) {
-        const int left = p_.head_dim - db * 32;
-        if (!row[i]) {
-          for (int part = 0; part < kK; ++part) _mm512_store_si512(to + part * k_part_, _mm512_setzero_si512());
-        } else if constexpr (kCopied) {
-          const __mmask32 mask = left >= 32 ? ~0u : (1u << left) - 1u;
-          _mm512_store_si512(to, _mm512_maskz_loadu_epi16(mask, row[i] + db * 64));
-        } else {
-          const KV* from = reinterpret_cast<const KV*>(row[i]) + db * 32;
+    char* to = k_ + int64_t(tile / 2) * dim_blocks_ * kKBytes + tile % 2 * kTileBytes;
+    for (int db = 0; db < dim_blocks_; ++db, to += kKBytes) {
+      const int left = p_.head_dim - db * 32;
+      if constexpr (kCopied) {
+        const __mmask32 mask = left >= 32 ? ~0u : (1u << left) - 1u;
+        __m512i x[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+          x[i] = row[i] ? _mm512_maskz_loadu_epi16(mask, row[i] + db * 64) : _mm512_setzero_si512();
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 64, x[i]);
+      } else {
+        const int low = least(left, 16), high = most(least(left - 16, 16), 0);
+        for (int i = 0; i < 16; ++i) {
           __m512i part[kK];
-          split_pair<kK, true>(load16(from, least(left, 16)), load16(from + 16, most(least(left - 16, 16), 0)), part);
-          for (int j = 0; j < kK; ++j) _mm512_store_si512(to + j * k_part_, part[j]);
+          for (int j = 0; j < kK; ++j) part[j] = _mm512_setzero_si512();
+          const KV* from = reinterpret_cast<const KV*>(row[i]) + db * 32;
+          if (row[i]) split_pair<kK, true>(load16(from, low), load16(from + 16, high), part);
+          for (int j = 0; j < kK; ++j) _mm512_store_si512(to + j * 2 * kTileBytes + i * 64, part[j]);
         }
       }
     }
   }
 
-  // 32 values to tiles [16 columns d][keys (t, t + 16) for t < 16].
-  void pack_values(const char* const* row, char* to, int64_t part_stride) const {
+  // 32 values to tiles [16 columns d][keys (t, t + 16) for t < 16]; `stride` leads from a pair of tiles to
+  // the next.
+  void pack_values(const char* const* row, char* to, int64_t stride) const {
+    bool empty[2] = {true, true};
+    for (int i = 0; i < kGroup; ++i) empty[i / 16] &= row[i] == nullptr;
     if constexpr (kCopied) {
       const __m512i high = _mm512_set1_epi32(int(0xffff0000u));
-      for (int d = 0; d < dim_; d += 32, to += 2 * kTileBytes) {
+      for (int d = 0; d < dim_; d += 32, to += stride) {
         const int left = p_.head_dim - d;
         const __mmask32 mask = left >= 32 ? ~0u : (1u << left) - 1u;
         __m512i x[2][16];
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
 #pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i) x[half][i] = _mm512_setzero_si512();
+          if (empty[half]) continue;
+#pragma GCC unroll 16
           for (int i = 0; i < 16; ++i) {
             const char* from = row[half * 16 + i];
-            x[half][i] = from ? _mm512_maskz_loadu_epi16(mask, from + d * 2) : _mm512_setzero_si512();
+            if (from) x[half][i] = _mm512_maskz_loadu_epi16(mask, from + d * 2);
           }
           transpose16(x[half]);
         }
@@ -226,94 +244,110 @@ class AmxKernel {
       }
     } else {
       const KV* const* values = reinterpret_cast<const KV* const*>(row);
-      for (int d = 0; d < dim_; d += 16, to += kTileBytes) {
+      for (int d = 0; d < dim_; d += 16) {
+        char* tile = to + d / 32 * stride + d / 16 % 2 * kTileBytes;
         __m512i x[2][16];
-        load_transposed(values, d, x[0], vset(1.0f));
-        load_transposed(values + 16, d, x[1], vset(1.0f));
+        for (int half = 0; half < 2; ++half) {
+          for (int i = 0; i < 16; ++i) x[half][i] = _mm512_setzero_si512();
+          if (!empty[half]) load_transposed(values + half * 16, d, x[half], vset(1.0f));
+        }
         for (int i = 0; i < 16; ++i) {
           __m512i part[kK];
           split_pair<kK, true>(_mm512_castsi512_ps(x[0][i]), _mm512_castsi512_ps(x[1][i]), part);
-          for (int j = 0; j < kK; ++j) _mm512_store_si512(to + j * part_stride + i * 64, part[j]);
+          for (int j = 0; j < kK; ++j) _mm512_store_si512(tile + j * 2 * kTileBytes + i * 64, part[j]);
         }
       }
     }
   }
 
-  // Scores of key tiles k, k + 1 with row tiles tile, tile + 1.
-  template <bool kTwoRows>
+  // Tile registers: 0-3 are the results of two tiles of K or V (in 4 and 7) with two row tiles (5 and 6).
+  // Each tile loaded serves two products, so that the loads are not the limit.
+
+  // Scores of key tiles k, k + 1 with row tiles tile, tile + 1 (if kTwo).
+  template <bool kTwo>
   void score(int tile, int k) const {
     TRANCHE_TILE_ZERO(0);
     TRANCHE_TILE_ZERO(2);
-    if (kTwoRows) {
+    if (kTwo) {
       TRANCHE_TILE_ZERO(1);
       TRANCHE_TILE_ZERO(3);
     }
-    const int64_t row = int64_t(dim_blocks_) * kTileBytes;
-    const char *q = q_ + tile * row, *key = k_ + k * row;
-    for (int db = 0; db < dim_blocks_; ++db, q += kTileBytes, key += kTileBytes) {
-#pragma GCC unroll 3
-      for (int j = 0; j < kK; ++j) {
-        TRANCHE_TILE_LOAD(4, key + j * k_part_, 64);
-        TRANCHE_TILE_LOAD(5, key + j * k_part_ + row, 64);
-#pragma GCC unroll 3
-        for (int i = 0; i + j < kQ; ++i) {
-          TRANCHE_TILE_LOAD(6, q + i * q_part_, 64);
-          TRANCHE_TILE_DOT_BF16(0, 4, 6);
-          TRANCHE_TILE_DOT_BF16(2, 5, 6);
-          if (kTwoRows) {
-            TRANCHE_TILE_LOAD(7, q + i * q_part_ + row, 64);
-            TRANCHE_TILE_DOT_BF16(1, 4, 7);
-            TRANCHE_TILE_DOT_BF16(3, 5, 7);
-          }
-        }
-      }
-    }
-    float* to = scores_ + k * 16 * kLanes;
+    const char* q = q_ + int64_t(tile / 2) * dim_blocks_ * kQBytes;
+    const char* key = k_ + int64_t(k / 2) * dim_blocks_ * kKBytes;
+    for (int db = 0; db < dim_blocks_; ++db, q += kQBytes, key += kKBytes) products<kTwo>(key, q);
+    float *to = scores_ + k * 16 * kLanes, *next = to + int64_t(keys_) * kLanes;
     TRANCHE_TILE_STORE(0, to, 64);
     TRANCHE_TILE_STORE(2, to + 16 * kLanes, 64);
-    if (kTwoRows) {
-      to += int64_t(keys_) * kLanes;
-      TRANCHE_TILE_STORE(1, to, 64);
-      TRANCHE_TILE_STORE(3, to + 16 * kLanes, 64);
+    if (kTwo) {
+      TRANCHE_TILE_STORE(1, next, 64);
+      TRANCHE_TILE_STORE(3, next + 16 * kLanes, 64);
     }
   }
 
-  // Adds the shared groups to column tiles d, d + 1 of the output of one or two row tiles.
-  template <bool kTwoRows, bool kTwoColumns>
+  // Adds the shared groups to column tiles d, d + 1 (if there is one) of the output of one or two row tiles.
+  template <bool kTwo>
   void accumulate(int groups, int d, float* out) const {
     float *out0 = out + int64_t(d) * 16 * kLanes, *out1 = out0 + int64_t(dim_) * kLanes;
+    const bool second = d + 1 < dim_tiles_;
     TRANCHE_TILE_LOAD(0, out0, 64);
-    if (kTwoRows) TRANCHE_TILE_LOAD(1, out1, 64);
-    if (kTwoColumns) TRANCHE_TILE_LOAD(2, out0 + 16 * kLanes, 64);
-    if (kTwoRows && kTwoColumns) TRANCHE_TILE_LOAD(3, out1 + 16 * kLanes, 64);
-    const char *value = v_ + d * kTileBytes, *weight = weights_;
-    for (int g = 0; g < groups; ++g, value += dim_tiles_ * kTileBytes, weight += kTileBytes) {
+    if (kTwo) TRANCHE_TILE_LOAD(1, out1, 64);
+    if (second) TRANCHE_TILE_LOAD(2, out0 + 16 * kLanes, 64);
+    if (kTwo && second) TRANCHE_TILE_LOAD(3, out1 + 16 * kLanes, 64);
+    const char *value = v_ + d / 2 * kChunkGroups * kKBytes, *weight = weights_;
+    for (int g = 0; g < groups; ++g, value += kKBytes, weight += kQBytes) products<kTwo>(value, weight);
+    TRANCHE_TILE_STORE(0, out0, 64);
+    if (kTwo) TRANCHE_TILE_STORE(1, out1, 64);
+    if (second) TRANCHE_TILE_STORE(2, out0 + 16 * kLanes, 64);
+    if (kTwo && second) TRANCHE_TILE_STORE(3, out1 + 16 * kLanes, 64);
+  }
+
+  // Results 0 and 2 += the pair of tiles at `shared` times the first tile at `rows`; 1 and 3 with the second.
+  // The next pair is asked for meanwhile: tile loads do not run far enough ahead to hide the second-level
+  // cache.
+  template <bool kTwo>
+  TRANCHE_INLINE void products(const char* shared, const char* rows) {
 #pragma GCC unroll 3
-      for (int j = 0; j < kK; ++j) {
-        TRANCHE_TILE_LOAD(4, value + j * v_part_, 64);
-        if (kTwoColumns) TRANCHE_TILE_LOAD(5, value + j * v_part_ + kTileBytes, 64);
+    for (int j = 0; j < kK; ++j) {
+      const char* pair = shared + j * 2 * kTileBytes;
+      TRANCHE_TILE_LOAD(4, pair, 64);
+      TRANCHE_TILE_LOAD(7, pair + kTileBytes, 64);
+#pragma GCC unroll 32
+      for (int i = 0; i < 32; ++i) __builtin_prefetch(pair + kKBytes + i * 64, 0, 3);
 #pragma GCC unroll 3
-        for (int i = 0; i + j < kQ; ++i) {
-          TRANCHE_TILE_LOAD(6, weight + i * p_part_, 64);
-          TRANCHE_TILE_DOT_BF16(0, 4, 6);
-          if (kTwoColumns) TRANCHE_TILE_DOT_BF16(2, 5, 6);
-          if (kTwoRows) {
-            TRANCHE_TILE_LOAD(7, weight + i * p_part_ + kChunkGroups * kTileBytes, 64);
-            TRANCHE_TILE_DOT_BF16(1, 4, 7);
-            if (kTwoColumns) TRANCHE_TILE_DOT_BF16(3, 5, 7);
-          }
+      for (int i = 0; i + j < kQ; ++i) {
+        const char* row = rows + i * 2 * kTileBytes;
+        TRANCHE_TILE_LOAD(5, row, 64);
+        TRANCHE_TILE_DOT_BF16(0, 4, 5);
+        TRANCHE_TILE_DOT_BF16(2, 7, 5);
+        if (kTwo) {
+          TRANCHE_TILE_LOAD(6, row + kTileBytes, 64);
+          TRANCHE_TILE_DOT_BF16(1, 4, 6);
+          TRANCHE_TILE_DOT_BF16(3, 7, 6);
         }
       }
     }
-    TRANCHE_TILE_STORE(0, out0, 64);
-    if (kTwoRows) TRANCHE_TILE_STORE(1, out1, 64);
-    if (kTwoColumns) TRANCHE_TILE_STORE(2, out0 + 16 * kLanes, 64);
-    if (kTwoRows && kTwoColumns) TRANCHE_TILE_STORE(3, out1 + 16 * kLanes, 64);
   }
 
-  // Scores of row tile `tile` (the `which`-th of the pair at hand) to weights: the shared groups' as parts in
-  // weights_, the other keys' as floats in place, 0 where a row does not see the key. Rescales output and sum.
-  void softmax(const Block& block, const Chunk& chunk, int groups, int tile, int which, const Partial& result) const {
+  template <bool kTwo>
+  void strip(const Block& block, const Chunk& chunk, int groups, int key_tiles, int tile,
+             const Partial& result) {
+    constexpr int kTiles = kTwo ? 2 : 1;
+    for (int k = 0; k < key_tiles; k += 2) score<kTwo>(tile, k);
+    for (int t = 0; t < kTiles; ++t) softmax(block, chunk, groups, tile + t, t, result);
+    float* out = result.out + int64_t(tile) * dim_ * kLanes;
+    for (int d = 0; groups > 0 && d < dim_tiles_; d += 2) accumulate<kTwo>(groups, d, out);
+    if (chunk.nodes == 0 && groups * kGroup >= chunk.prefix) return;
+    for (int t = 0; t < kTiles; ++t) {
+      own_groups(block, chunk, groups, tile + t, scores_ + int64_t(t) * keys_ * kLanes,
+                 out + int64_t(t) * dim_ * kLanes);
+    }
+  }
+
+  // Scores of row tile `tile` (the `which`-th of the strip at hand) to weights: the shared groups' as parts
+  // in weights_, the other keys' as floats in place, 0 where a row does not see the key. Rescales output and
+  // sum.
+  void softmax(const Block& block, const Chunk& chunk, int groups, int tile, int which,
+               const Partial& result) const {
     constexpr int kDegree = kQ == 3 ? 6 : 4;
     float* s = scores_ + int64_t(which) * keys_ * kLanes;
     const float factor = apply_softcap(p_, factor_, s, chunk.padded + chunk.nodes);
@@ -324,9 +358,10 @@ class AmxKernel {
     const int32_t* limit = block.limit + at;
     Vec sum0 = vset(0.0f), sum1 = vset(0.0f);  // by the half of the group
 
-    char* weights = weights_ + which * kChunkGroups * kTileBytes;
+    char* weights = weights_ + which * kTileBytes;
     const auto shared = [&](auto uniform) {
       for (int g = 0; g < groups; ++g) {
+        chunk.prefetch->work(kSoftmax);
         const float* from = s + g * kGroup * kLanes;
 #pragma GCC unroll 2
         for (int t = 0; t < 16; ++t) {
@@ -343,7 +378,7 @@ class AmxKernel {
           split_pair<kQ, false>(p0, p1, part);
 #pragma GCC unroll 3
           for (int i = 0; i < kQ; ++i) {
-            _mm512_store_si512(weights + i * p_part_ + g * kTileBytes + t * 64, part[i]);
+            _mm512_store_si512(weights + g * kQBytes + i * 2 * kTileBytes + t * 64, part[i]);
           }
         }
       }
@@ -370,7 +405,8 @@ class AmxKernel {
   }
 
   // Adds the groups of positions that are not shared, node by node.
-  void own_groups(const Block& block, const Chunk& chunk, int groups, int tile, const float* weights, float* out) {
+  void own_groups(const Block& block, const Chunk& chunk, int groups, int tile, const float* weights,
+                  float* out) {
     const int row0 = block.first_row + tile * kLanes;
     const int row_end = block.first_row + least((tile + 1) * kLanes, block.rows);
     for (int i = row0 / g_.group; i <= (row_end - 1) / g_.group; ++i) {
@@ -386,7 +422,7 @@ class AmxKernel {
       for (int64_t first = chunk.first + groups * kGroup; first < chunk_end; first += kGroup) {
         const char* v_row[kGroup];
         int weight_row[kGroup];
-        bool any = false;
+        bool any = false, guard = false;
         for (int x = 0; x < kGroup; ++x) {
           const int64_t key = first + x;
           int at = -1;
@@ -398,15 +434,22 @@ class AmxKernel {
           weight_row[x] = at;
           v_row[x] = at < 0 ? nullptr : chunk.v_row[at];
           any |= at >= 0;
+          guard |= at >= 0 && nonfinite_[at];
         }
-        if (any) own_group(v_row, weight_row, lanes, weights, out);
+        if (!any) continue;
+        // The other nodes' weights are 0, but 0 times infinity is not: keep their lanes.
+        if (guard) memcpy(saved_, out, sizeof(float) * size_t(dim_) * kLanes);
+        own_group(v_row, weight_row, lanes, weights, out);
+        for (int d = 0; guard && d < dim_; ++d) {
+          vstore(out + d * kLanes, vselect(lanes, vload(out + d * kLanes), vload(saved_ + d * kLanes)));
+        }
       }
     }
   }
 
-  void own_group(const char* const* v_row, const int* weight_row, Mask lanes, const float* weights, float* out) const {
-    const int64_t v_part = int64_t(dim_tiles_) * kTileBytes;
-    pack_values(v_row, v_path_, v_part);
+  void own_group(const char* const* v_row, const int* weight_row, Mask lanes, const float* weights,
+                 float* out) const {
+    pack_values(v_row, v_path_, kKBytes);
     for (int t = 0; t < 16; ++t) {
       const auto weight = [&](int row) {
         return row < 0 ? vset(0.0f) : _mm512_maskz_loadu_ps(lanes, weights + row * kLanes);
@@ -423,7 +466,7 @@ class AmxKernel {
       TRANCHE_TILE_LOAD(0, to, 64);
 #pragma GCC unroll 3
       for (int j = 0; j < kK; ++j) {
-        TRANCHE_TILE_LOAD(4, v_path_ + j * v_part + d * kTileBytes, 64);
+        TRANCHE_TILE_LOAD(4, v_path_ + d / 2 * kKBytes + (j * 2 + d % 2) * kTileBytes, 64);
         TRANCHE_TILE_DOT_BF16(0, 4, 5);
         if (1 + j < kQ) TRANCHE_TILE_DOT_BF16(0, 4, 6);
         if (2 + j < kQ) TRANCHE_TILE_DOT_BF16(0, 4, 7);
@@ -440,12 +483,13 @@ class AmxKernel {
   const TreeAttentionParams& p_;
   const Geometry& g_;
   int dim_, dim_blocks_, dim_tiles_, keys_;
-  int64_t q_part_ = 0, k_part_ = 0, v_part_ = 0, p_part_ = 0;  // bytes from a part to the next
   float factor_ = 0.0f;
   char *q_ = nullptr, *k_ = nullptr, *v_ = nullptr, *weights_ = nullptr;  // packed, by part
-  float* scores_ = nullptr;                                             // [2][keys_][16]
+  float* scores_ = nullptr;                                               // [2][keys_][16]
   char *v_path_ = nullptr, *weights_path_ = nullptr;
-  int32_t* path_ = nullptr;  // node of the path at each depth
+  int32_t* path_ = nullptr;    // node of the path at each depth
+  bool* nonfinite_ = nullptr;  // of the keys that are not shared: whether the value has NaN or infinity
+  float* saved_ = nullptr;
 };
 
 }  // namespace tranche::cpu::TRANCHE_ISA

@@ -7,14 +7,16 @@ namespace tranche::cpu::TRANCHE_ISA {
 
 static size_t workspace_bytes_f64(const TreeAttentionParams& p) {
   // Per worker: the path of a row, and the scores of a chunk.
-  const int64_t row = round_up(int64_t(p.nodes) * int64_t(sizeof(int32_t)), 64) + kChunk * int64_t(sizeof(double));
+  const int64_t row =
+      round_up(int64_t(p.nodes) * int64_t(sizeof(int32_t)), 64) + kChunk * int64_t(sizeof(double));
   return size_t(num_threads() * row);
 }
 
 static void row_f64(const TreeAttentionParams& p, int b, int i, int head, int32_t* path, double* scores) {
   const int dim = p.head_dim, head_kv = head / (p.heads_q / p.heads_kv), seqlen = committed(p, b);
   double* out = out_row<double>(p, b, i, head);
-  const double* q = static_cast<const double*>(p.q) + b * p.q_stride[0] + i * p.q_stride[1] + head * p.q_stride[2];
+  const double* q =
+      static_cast<const double*>(p.q) + b * p.q_stride[0] + i * p.q_stride[1] + head * p.q_stride[2];
   const CacheRows k_rows(p, p.k_cache, p.k_stride, sizeof(double), b, head_kv);
   const CacheRows v_rows(p, p.v_cache, p.v_stride, sizeof(double), b, head_kv);
   const double factor = p.scale_f64 * (p.k_scale ? double(p.k_scale[head_kv]) : 1.0);
@@ -83,7 +85,8 @@ static void run_f64(const TreeAttentionParams& p) {
     for (;;) {
       const int64_t row = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (row >= rows) break;
-      const int head = int(row % p.heads_q), i = int(row / p.heads_q % p.nodes), b = int(row / p.heads_q / p.nodes);
+      const int head = int(row % p.heads_q), i = int(row / p.heads_q % p.nodes),
+                b = int(row / p.heads_q / p.nodes);
       if (i < node_count(p, b)) row_f64(p, b, i, head, path, scores);
     }
   });

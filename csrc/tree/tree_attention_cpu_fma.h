@@ -53,7 +53,8 @@ TRANCHE_INLINE void score_block(const float* q, int64_t q_tile, const float* k, 
   }
 }
 
-// out[v][d] += sum over keys of p[v][key] * v[key][d], one chain of FMAs per element, for kBlockKeys columns d.
+// out[v][d] += sum over keys of p[v][key] * v[key][d], one chain of FMAs per element, for kBlockKeys columns
+// d.
 template <int kVecs>
 TRANCHE_INLINE void value_block(const float* p, int64_t p_tile, const float* v, int dim, int keys, float* out,
                                 int64_t out_tile, int first) {
@@ -132,7 +133,8 @@ class FmaKernel {
     memset(q_, 0, sizeof(float) * size_t(block.tiles) * dim_ * kLanes);
     for (int r = 0; r < block.rows; ++r) {
       const int row = block.first_row + r;
-      const Q* from = static_cast<const Q*>(p_.q) + block.b * p_.q_stride[0] + row / g_.group * p_.q_stride[1] +
+      const Q* from = static_cast<const Q*>(p_.q) + block.b * p_.q_stride[0] +
+                      row / g_.group * p_.q_stride[1] +
                       (block.head_kv * g_.group + row % g_.group) * p_.q_stride[2];
       float* to = q_ + int64_t(r / kLanes) * dim_ * kLanes + r % kLanes;
       for (int d = 0; d < p_.head_dim; ++d) to[d * kLanes] = to_float(from[d]) * sign;

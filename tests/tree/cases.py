@@ -164,7 +164,9 @@ def assert_correct(case: Case) -> None:
             continue
         error = (got.double() - want)[finite].abs().max()
         yardstick = (plain_value.double() - want)[finite].abs().max()
-        assert error <= 2 * yardstick + unit * want[finite].abs().max(), (error, yardstick)
+        # the reference is fp64 itself, and no nearer to the truth than an fp64 kernel
+        roundings = 32 if got.dtype == torch.float64 else 1
+        assert error <= 2 * yardstick + roundings * unit * want[finite].abs().max(), (error, yardstick)
     padding = ~used_rows(case)
     assert (out[padding] == 0).all()
     assert torch.isneginf(lse[padding]).all()

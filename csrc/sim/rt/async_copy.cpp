@@ -1,5 +1,5 @@
-// cp.async: the source is read when the copy is issued, the destination is written when its group is waited for,
-// and between the two nobody may look.
+// cp.async: the source is read when the copy is issued, the destination is written when its group is waited
+// for, and between the two nobody may look.
 #include "sim/rt/findings.h"
 
 namespace tranche::sim {
@@ -86,13 +86,15 @@ uint4 tranche_sim_load_16(const void* global, Site site) {
   Thread& thread = *current;
   const auto address = reinterpret_cast<uintptr_t>(global);
   if (address % 16 != 0) {
-    report_and_stop(&thread, "misaligned: a load of 16 bytes, " + address_text(*thread.block, address), site, 0);
+    report_and_stop(&thread, "misaligned: a load of 16 bytes, " + address_text(*thread.block, address), site,
+                    0);
   }
   if (thread.block->shared.contains(address)) {
     report_and_stop(&thread, "load_streaming_16: the address is not in global memory", site, 0);
   }
   if (checked != nullptr) {
-    check_access(thread, {address, 16, reinterpret_cast<uintptr_t>(__builtin_return_address(0)), false, false});
+    check_access(thread,
+                 {address, 16, reinterpret_cast<uintptr_t>(__builtin_return_address(0)), false, false});
   }
   uint4 value;
   memcpy(&value, global, sizeof value);

@@ -66,14 +66,20 @@ uint64_t tranche_sim_atomic(void* address, AtomicOp op, AtomicType type, uint64_
   const size_t bytes = type == AtomicType::s64 || type == AtomicType::u64 || type == AtomicType::f64 ? 8 : 4;
   const auto where = reinterpret_cast<uintptr_t>(address);
   if (where % bytes != 0) {
-    report_and_stop(&thread, "misaligned: atomic on " + std::to_string(bytes) + " bytes, " +
-                                 address_text(*thread.block, where), site, 0);
+    report_and_stop(
+        &thread,
+        "misaligned: atomic on " + std::to_string(bytes) + " bytes, " + address_text(*thread.block, where),
+        site, 0);
   }
   // Where threads compete is where their order matters: give another one the chance to be first.
   if ((machine.random.next() & 7) == 0) yield_now();
   if (checked != nullptr) {
-    check_access(thread, {where, bytes, reinterpret_cast<uintptr_t>(__builtin_return_address(0)), true, true});
-    if (!thread.block->shared.contains(where)) hand_over(thread, where);
+    check_access(thread,
+                 {where, bytes, reinterpret_cast<uintptr_t>(__builtin_return_address(0)), true, true});
+    if (!thread.block->shared.contains(where)) {
+      take_over(thread, where);
+      hand_over(thread, where);
+    }
   }
   switch (type) {
     case AtomicType::s32:

@@ -18,8 +18,8 @@ void require_unclaimed(Thread& thread, const char* barrier, Site site) {
     if (!(other.mask >> thread.lane & 1)) continue;
     report_and_stop(&thread,
                     "divergence: is in " + std::string(barrier) + " while lanes " + mask_text(other.arrived) +
-                        " of its warp wait for it in " + op_name(other.op) + " with mask " + mask_text(other.mask) +
-                        " at line " + std::to_string(other.site.line),
+                        " of its warp wait for it in " + op_name(other.op) + " with mask " +
+                        mask_text(other.mask) + " at line " + std::to_string(other.site.line),
                     site, 0);
   }
 }
@@ -62,7 +62,8 @@ void begin_epoch(Block& block) {
 
 void barriers_after_exit(Thread& thread) {
   Block& block = *thread.block;
-  if (block.barrier.arrived != 0 && block.barrier.arrived == block.threads_live) complete_block_barrier(block);
+  if (block.barrier.arrived != 0 && block.barrier.arrived == block.threads_live)
+    complete_block_barrier(block);
 }
 
 }  // namespace tranche::sim
@@ -78,10 +79,11 @@ uint32_t tranche_sim_block_barrier(BlockOp op, uint32_t predicate, Site site) {
     barrier.op = op;
     barrier.site = site;
   } else if (barrier.op != op || !same_site(barrier.site, site)) {
-    report_and_stop(&thread,
-                    "divergence: is in a __syncthreads while other threads of the block wait in that of line " +
-                        std::to_string(barrier.site.line),
-                    site, 0);
+    report_and_stop(
+        &thread,
+        "divergence: is in a __syncthreads while other threads of the block wait in that of line " +
+            std::to_string(barrier.site.line),
+        site, 0);
   }
   barrier.sum += predicate;
   if (++barrier.arrived == block.threads_live) return complete_block_barrier(block);
@@ -96,14 +98,17 @@ void tranche_sim_named_barrier(uint32_t id, uint32_t count, bool wait, Site site
   Thread& thread = *current;
   Block& block = *thread.block;
   if (id == 0 || id >= kNamedBarriers || count == 0 || count % kWarpSize != 0) {
-    report_and_stop(&thread, "named barrier " + std::to_string(id) + " of " + std::to_string(count) +
-                                 " threads: ids are 1 to 15 and whole warps take part", site, 0);
+    report_and_stop(&thread,
+                    "named barrier " + std::to_string(id) + " of " + std::to_string(count) +
+                        " threads: ids are 1 to 15 and whole warps take part",
+                    site, 0);
   }
   require_unclaimed(thread, "a named barrier", site);
   BarrierState& barrier = block.named[id];
   if (barrier.arrived != 0 && barrier.expected != count) {
-    report_and_stop(&thread, "divergence: expects " + std::to_string(count) + " threads at named barrier " +
-                                 std::to_string(id) + " where others expect " + std::to_string(barrier.expected),
+    report_and_stop(&thread,
+                    "divergence: expects " + std::to_string(count) + " threads at named barrier " +
+                        std::to_string(id) + " where others expect " + std::to_string(barrier.expected),
                     site, 0);
   }
   const uint32_t warp = thread.warp->index;

@@ -32,8 +32,8 @@ const char* race_name(bool shared) { return shared ? "race in shared memory: " :
 void report_race_with_write(const Thread& thread, const Cell& cell, const Access& access, bool shared) {
   report(&thread,
          race_name(shared) + verb(access) + address_text(*thread.block, access.address) +
-             ", with nothing to order it after the " + (cell.write.atomic() ? "atomic access" : "write") + " by " +
-             thread_of_stamp(thread, cell.write.epoch(), cell.write.thread(), shared),
+             ", with nothing to order it after the " + (cell.write.atomic() ? "atomic access" : "write") +
+             " by " + thread_of_stamp(thread, cell.write.epoch(), cell.write.thread(), shared),
          {}, access.pc, "", widen_pc(cell.write_pc, access.pc));
 }
 
@@ -46,7 +46,8 @@ void report_race_with_read(const Thread& thread, const Cell& cell, const Access&
     who = "several warps, the last read";
   } else {
     uint32_t lanes = cell.readers;
-    if (read.warp() == thread.warp->index && read.epoch() == thread.block->epoch) lanes &= ~(1u << thread.lane);
+    if (read.warp() == thread.warp->index && read.epoch() == thread.block->epoch)
+      lanes &= ~(1u << thread.lane);
     const auto lane = uint32_t(__builtin_ctz(lanes != 0 ? lanes : cell.readers));
     who = thread_of_stamp(thread, read.epoch(), read.warp() * kWarpSize + lane, shared);
   }
@@ -123,9 +124,10 @@ void require_bounds(Thread& thread, const Access& access) {
   SharedShadow& shared = thread.block->shared;
   for_each_word(access.address, access.bytes, [&](uintptr_t address, uint32_t mask) {
     if (!shared.contains(address) || (shared.word(address).valid & mask) != mask) {
-      report_and_stop(&thread,
-                      "shared memory out of bounds: " + verb(access) + address_text(*thread.block, access.address),
-                      {}, access.pc);
+      report_and_stop(
+          &thread,
+          "shared memory out of bounds: " + verb(access) + address_text(*thread.block, access.address), {},
+          access.pc);
     }
   });
 }
@@ -165,9 +167,10 @@ void check_global(Thread& thread, const Access& access) {
       if (machine.stacks.contains(access.address)) {
         report_and_stop(&thread, "local memory of another thread: " + verb(access), {}, access.pc);
       }
-      report_and_stop(&thread,
-                      "global memory out of bounds: " + verb(access) + address_text(*thread.block, access.address), {},
-                      access.pc);
+      report_and_stop(
+          &thread,
+          "global memory out of bounds: " + verb(access) + address_text(*thread.block, access.address), {},
+          access.pc);
   }
   for_each_word(access.address, access.bytes, [&](uintptr_t address, uint32_t mask) {
     check_word<false>(thread, global_shadow.word(address), access, mask);
@@ -206,7 +209,8 @@ void land_in_flight(Thread& thread, uintptr_t address, size_t bytes, uint32_t pc
 }
 
 void forget_in_flight(Thread& thread, uintptr_t address, size_t bytes) {
-  for_each_word(address, bytes, [&](uintptr_t word, uint32_t) { thread.block->shared.word(word).in_flight = 0; });
+  for_each_word(address, bytes,
+                [&](uintptr_t word, uint32_t) { thread.block->shared.word(word).in_flight = 0; });
 }
 
 void end_of_launch_shadow() { global_shadow.trim(); }

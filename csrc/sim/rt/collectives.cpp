@@ -28,7 +28,8 @@ void run_shuffle(Warp& warp, const Rendezvous& r) {
     Thread& thread = lane_of(warp, lane);
     const uint32_t width = thread.width, argument = thread.argument;
     if (width == 0 || width > kWarpSize || (width & (width - 1)) != 0) {
-      report_and_stop(&thread, "shuffle width " + std::to_string(int(width)) + " is no power of two up to 32", r.site, 0);
+      report_and_stop(&thread, "shuffle width " + std::to_string(int(width)) + " is no power of two up to 32",
+                      r.site, 0);
     }
     const uint32_t first = lane & ~(width - 1), last = first + width - 1;
     uint32_t source = lane;
@@ -50,8 +51,8 @@ void run_shuffle(Warp& warp, const Rendezvous& r) {
     } else {
       thread.result = ~uint64_t(0);
       report(&thread,
-             "shuffle from an absent lane: reads lane " + std::to_string(source) + ", which takes no part (mask " +
-                 mask_text(r.mask) + ")",
+             "shuffle from an absent lane: reads lane " + std::to_string(source) +
+                 ", which takes no part (mask " + mask_text(r.mask) + ")",
              r.site, 0);
     }
   });
@@ -149,7 +150,8 @@ void complete(Warp& warp, uint32_t index, uint32_t except) {
   const auto lane = uint32_t(__builtin_ctz(missing));
   const bool exists = thread.warp->exists >> lane & 1;
   report_and_stop(&thread,
-                  std::string(op_name(op)) + " with mask " + mask_text(mask) + " names lane " + std::to_string(lane) +
+                  std::string(op_name(op)) + " with mask " + mask_text(mask) + " names lane " +
+                      std::to_string(lane) +
                       (exists ? ", which has exited" : ", which the block does not have"),
                   site, 0);
 }
@@ -161,17 +163,18 @@ void require_no_cycle(Thread& thread, const Rendezvous& mine) {
     const Rendezvous& other = warp.pending[i];
     if (&other == &mine || !(other.arrived & mine.mask) || !(mine.arrived & other.mask)) continue;
     report_and_stop(&thread,
-                    "divergence: is in " + std::string(op_name(mine.op)) + " with mask " + mask_text(mine.mask) +
-                        " while lanes " + mask_text(other.arrived) + " wait for it in " + op_name(other.op) +
-                        " with mask " + mask_text(other.mask) + " at line " + std::to_string(other.site.line),
+                    "divergence: is in " + std::string(op_name(mine.op)) + " with mask " +
+                        mask_text(mine.mask) + " while lanes " + mask_text(other.arrived) +
+                        " wait for it in " + op_name(other.op) + " with mask " + mask_text(other.mask) +
+                        " at line " + std::to_string(other.site.line),
                     mine.site, 0);
   }
   if (const uint32_t stuck = warp.at_barrier & mine.mask; stuck != 0) {
     const Thread& other = lane_of(*thread.warp, uint32_t(__builtin_ctz(stuck)));
     report_and_stop(&thread,
-                    "divergence: is in " + std::string(op_name(mine.op)) + " with mask " + mask_text(mine.mask) +
-                        ", which names lane " + std::to_string(other.lane) + ", which is in __syncthreads at line " +
-                        std::to_string(other.site.line),
+                    "divergence: is in " + std::string(op_name(mine.op)) + " with mask " +
+                        mask_text(mine.mask) + ", which names lane " + std::to_string(other.lane) +
+                        ", which is in __syncthreads at line " + std::to_string(other.site.line),
                     mine.site, 0);
   }
 }
@@ -181,8 +184,8 @@ void meet(Thread& thread, WarpOp op, uint32_t mask, Site site) {
   const uint32_t me = 1u << thread.lane;
   if (!(mask & me)) {
     report_and_stop(&thread,
-                    std::string(op_name(op)) + " with mask " + mask_text(mask) + ", which lacks the calling lane " +
-                        std::to_string(thread.lane),
+                    std::string(op_name(op)) + " with mask " + mask_text(mask) +
+                        ", which lacks the calling lane " + std::to_string(thread.lane),
                     site, 0);
   }
   const uint32_t expected = mask & warp.live();
@@ -240,13 +243,12 @@ void warp_after_exit(Thread& thread) {
 
 const char* op_name(WarpOp op) {
   static const char* const names[] = {
-      "__syncwarp",           "__shfl_sync",          "__shfl_up_sync",    "__shfl_down_sync",
-      "__shfl_xor_sync",      "__ballot_sync",        "__all_sync",        "__any_sync",
-      "__match_any_sync",     "__match_all_sync",     "__reduce_add_sync", "__reduce_min_sync",
-      "__reduce_min_sync",    "__reduce_max_sync",    "__reduce_max_sync", "__reduce_and_sync",
-      "__reduce_or_sync",     "__reduce_xor_sync",    "ldmatrix",          "ldmatrix.trans",
-      "mma.m16n8k8.bf16",     "mma.m16n8k8.f16",      "mma.m16n8k16.bf16", "mma.m16n8k16.f16",
-      "mma.m16n8k16.s8",      "mma.m16n8k16.u8",      "mma.m16n8k32.s8",   "mma.m16n8k32.u8"};
+      "__syncwarp",        "__shfl_sync",       "__shfl_up_sync",    "__shfl_down_sync",  "__shfl_xor_sync",
+      "__ballot_sync",     "__all_sync",        "__any_sync",        "__match_any_sync",  "__match_all_sync",
+      "__reduce_add_sync", "__reduce_min_sync", "__reduce_min_sync", "__reduce_max_sync", "__reduce_max_sync",
+      "__reduce_and_sync", "__reduce_or_sync",  "__reduce_xor_sync", "ldmatrix",          "ldmatrix.trans",
+      "mma.m16n8k8.bf16",  "mma.m16n8k8.f16",   "mma.m16n8k16.bf16", "mma.m16n8k16.f16",  "mma.m16n8k16.s8",
+      "mma.m16n8k16.u8",   "mma.m16n8k32.s8",   "mma.m16n8k32.u8"};
   return names[size_t(op)];
 }
 
@@ -254,7 +256,8 @@ const char* op_name(WarpOp op) {
 
 using namespace tranche::sim;
 
-uint64_t tranche_sim_warp(WarpOp op, uint32_t mask, uint64_t value, uint32_t argument, uint32_t width, Site site) {
+uint64_t tranche_sim_warp(WarpOp op, uint32_t mask, uint64_t value, uint32_t argument, uint32_t width,
+                          Site site) {
   Thread& thread = *current;
   thread.value = value;
   thread.argument = argument;
@@ -285,8 +288,8 @@ Float4Result tranche_sim_mma_f32(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t
   return {t.d.f32[0], t.d.f32[1], t.d.f32[2], t.d.f32[3]};
 }
 
-Word4Result tranche_sim_mma_s32(uint64_t a01, uint64_t a23, uint64_t b01, uint64_t d01, uint64_t d23, WarpOp op,
-                                Site site) {
+Word4Result tranche_sim_mma_s32(uint64_t a01, uint64_t a23, uint64_t b01, uint64_t d01, uint64_t d23,
+                                WarpOp op, Site site) {
   Thread& t = *current;
   t.a[0] = uint32_t(a01), t.a[1] = uint32_t(a01 >> 32), t.a[2] = uint32_t(a23), t.a[3] = uint32_t(a23 >> 32);
   t.b[0] = uint32_t(b01), t.b[1] = uint32_t(b01 >> 32);

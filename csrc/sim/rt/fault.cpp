@@ -16,8 +16,9 @@ struct sigaction previous[3];
 stack_t previous_stack;
 alignas(16) char handler_stack[64 * 1024];
 
-// Runs on a stack of its own, since the fiber's may be what overflowed, and leaves it by switching to the host's
-// stack: the fiber is never resumed. The faults are synchronous and come from kernel code, which holds no locks.
+// Runs on a stack of its own, since the fiber's may be what overflowed, and leaves it by switching to the
+// host's stack: the fiber is never resumed. The faults are synchronous and come from kernel code, which holds
+// no locks.
 void on_fault(int signal, siginfo_t* info, void* context) {
   if (current == nullptr) {
     for (int i = 0; i < 3; ++i) {
@@ -49,7 +50,7 @@ FaultGuard::FaultGuard() {
   stack.ss_sp = handler_stack;
   stack.ss_size = sizeof handler_stack;
   sigaltstack(&stack, &previous_stack);
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_sigaction = on_fault;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;  // it may not return, so nothing may stay blocked
   for (int i = 0; i < 3; ++i) sigaction(kSignals[i], &action, &previous[i]);

@@ -9,14 +9,16 @@ namespace tranche::sim {
 Stack StackPool::get(size_t index) {
   constexpr size_t kEach = kStackBytes + kGuardBytes;
   if (base_ == 0) {
-    void* base = mmap(nullptr, kMaxStacks * kEach, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* base =
+        mmap(nullptr, kMaxStacks * kEach, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) throw std::bad_alloc();
     base_ = reinterpret_cast<uintptr_t>(base);
     open_.resize(kMaxStacks);
   }
   const uintptr_t low = base_ + index * kEach + kGuardBytes;
   if (!open_.at(index)) {
-    if (mprotect(reinterpret_cast<void*>(low), kStackBytes, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
+    if (mprotect(reinterpret_cast<void*>(low), kStackBytes, PROT_READ | PROT_WRITE) != 0)
+      throw std::bad_alloc();
     open_[index] = true;
   }
   return {low, kStackBytes};
@@ -24,8 +26,8 @@ Stack StackPool::get(size_t index) {
 
 #if defined(__x86_64__)
 
-// Saves what the System V ABI says a call preserves, swaps stack pointers, restores. The floating-point control
-// words are left alone: kernels do not change them.
+// Saves what the System V ABI says a call preserves, swaps stack pointers, restores. The floating-point
+// control words are left alone: kernels do not change them.
 extern "C" __attribute__((visibility("hidden"))) void tranche_sim_switch_stacks(void** save, void* load);
 
 asm(R"(

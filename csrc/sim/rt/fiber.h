@@ -1,5 +1,5 @@
-// Fibers: stacks of their own, switched by a few instructions. A fiber never returns and is never unwound; when
-// a kernel is stopped its fibers are simply not resumed again, and their stacks serve the next ones.
+// Fibers: stacks of their own, switched by a few instructions. A fiber never returns and is never unwound;
+// when a kernel is stopped its fibers are simply not resumed again, and their stacks serve the next ones.
 #pragma once
 
 #include <cstddef>
@@ -16,8 +16,8 @@ struct Stack {
   size_t bytes = 0;
 };
 
-// Stacks side by side in one reserved range, mapped on first use and kept. Below each lies a page that may not be
-// touched, so that an overflow is a fault and not a corrupted neighbour.
+// Stacks side by side in one reserved range, mapped on first use and kept. Below each lies a page that may
+// not be touched, so that an overflow is a fault and not a corrupted neighbour.
 class StackPool {
  public:
   static constexpr size_t kStackBytes = 64 * 1024;

@@ -50,8 +50,8 @@ std::string address_text(const Block& block, uintptr_t address) {
     if (nearest == nullptr || variable.offset <= offset) nearest = &variable;
   }
   if (nearest == nullptr) return "shared memory outside every variable";
-  return "byte " + std::to_string(long(offset) - long(nearest->offset)) + " of shared `" + nearest->name + "` (" +
-         std::to_string(nearest->bytes) + " bytes)";
+  return "byte " + std::to_string(long(offset) - long(nearest->offset)) + " of shared `" + nearest->name +
+         "` (" + std::to_string(nearest->bytes) + " bytes)";
 }
 
 uintptr_t widen_pc(uint32_t low, uintptr_t near) {
@@ -104,7 +104,8 @@ std::string format_report(const Launch& launch) {
     if (finding.other_pc != 0) entry.text += " at " + source_line(finding.other_pc);
     if (!entry.place.empty()) entry.text = "at " + entry.place + ": " + entry.text;
     if (finding.has_thread) {
-      entry.text = "block " + index_text(finding.block) + " thread " + index_text(finding.thread) + " " + entry.text;
+      entry.text =
+          "block " + index_text(finding.block) + " thread " + index_text(finding.thread) + " " + entry.text;
     }
     const auto known = std::find_if(entries.begin(), entries.end(), [&](const Entry& other) {
       return other.place == entry.place && other.kind == entry.kind;
@@ -115,9 +116,10 @@ std::string format_report(const Launch& launch) {
       known->count += entry.count;
     }
   }
-  std::string text = "tranche simulator: kernel " + std::string(launch.name) + ": " + std::to_string(entries.size()) +
-                     (entries.size() == 1 ? " finding" : " findings") + " (seed " + std::to_string(machine.seed) +
-                     ", launch " + std::to_string(launch.number) + (launch.stopped ? "; stopped before the end)" : ")");
+  std::string text = "tranche simulator: kernel " + std::string(launch.name) + ": " +
+                     std::to_string(entries.size()) + (entries.size() == 1 ? " finding" : " findings") +
+                     " (seed " + std::to_string(machine.seed) + ", launch " + std::to_string(launch.number) +
+                     (launch.stopped ? "; stopped before the end)" : ")");
   int number = 0;
   for (const Entry& entry : entries) {
     text += "\n  " + std::to_string(++number) + ". " + entry.text;

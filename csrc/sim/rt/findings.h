@@ -9,7 +9,8 @@
 namespace tranche::sim {
 
 // Records a finding of `thread` (or of the launch, if null), once per place and wording. A kernel that has
-// collected too many is stopped. `other_words` and `other_pc` describe the access that this one conflicts with.
+// collected too many is stopped. `other_words` and `other_pc` describe the access that this one conflicts
+// with.
 void report(const Thread* thread, const std::string& what, Site site, uintptr_t pc,
             const std::string& other_words = "", uintptr_t other_pc = 0);
 

@@ -1,6 +1,7 @@
 // The functions that the compiler calls when it instruments a kernel: __tsan_* before every load and store
-// (-fsanitize=thread), __ubsan_* when a pointer is less aligned than its type says, an index leaves its array, or
-// a shift its width. The sanitizers' own runtimes are never linked. All of them return at once outside a kernel.
+// (-fsanitize=thread), __ubsan_* when a pointer is less aligned than its type says, an index leaves its
+// array, or a shift its width. The sanitizers' own runtimes are never linked. All of them return at once
+// outside a kernel.
 #include <dlfcn.h>
 
 #include "sim/rt/findings.h"
@@ -23,22 +24,23 @@ inline void see(const void* address, size_t bytes, uintptr_t pc, bool write, boo
   checked = thread;
 }
 
-// A polling loop reads through volatile: let the others run, and take over what they hand over.
-inline void see_volatile_read(const void* address, size_t bytes, uintptr_t pc) {
-  see(address, bytes, pc, false, true);
-  Thread* thread = checked;
+inline bool is_global(const Thread* thread, const void* address) {
   const auto where = reinterpret_cast<uintptr_t>(address);
-  if (thread == nullptr || where - thread->stack.low < thread->stack.bytes) return;
-  if (!thread->block->shared.contains(where)) hand_over(*thread, where);
-  tranche_sim_pause();
+  return thread != nullptr && where - thread->stack.low >= thread->stack.bytes &&
+         !thread->block->shared.contains(where);
+}
+
+// A polling loop reads through volatile. Let the others run first: between the check and the load that
+// follows it, nobody may.
+inline void see_volatile_read(const void* address, size_t bytes, uintptr_t pc) {
+  if (is_global(checked, address)) tranche_sim_pause();
+  see(address, bytes, pc, false, true);
+  if (is_global(checked, address)) take_over(*checked, reinterpret_cast<uintptr_t>(address));
 }
 
 inline void see_volatile_write(const void* address, size_t bytes, uintptr_t pc) {
-  Thread* thread = checked;
   see(address, bytes, pc, true, true);
-  const auto where = reinterpret_cast<uintptr_t>(address);
-  if (thread == nullptr || where - thread->stack.low < thread->stack.bytes) return;
-  if (!thread->block->shared.contains(where)) hand_over(*thread, where);
+  if (is_global(checked, address)) hand_over(*checked, reinterpret_cast<uintptr_t>(address));
 }
 
 }  // namespace
@@ -46,14 +48,14 @@ inline void see_volatile_write(const void* address, size_t bytes, uintptr_t pc) 
 
 using namespace tranche::sim;
 
-#define HOOKS(size)                                                                                    \
-  HOOK void __tsan_read##size(void* p) { see(p, size, CALLER, false, false); }                         \
-  HOOK void __tsan_write##size(void* p) { see(p, size, CALLER, true, false); }                         \
-  HOOK void __tsan_unaligned_read##size(void* p) { see(p, size, CALLER, false, false); }               \
-  HOOK void __tsan_unaligned_write##size(void* p) { see(p, size, CALLER, true, false); }               \
-  HOOK void __tsan_volatile_read##size(void* p) { see_volatile_read(p, size, CALLER); }                \
-  HOOK void __tsan_volatile_write##size(void* p) { see_volatile_write(p, size, CALLER); }              \
-  HOOK void __tsan_unaligned_volatile_read##size(void* p) { see_volatile_read(p, size, CALLER); }      \
+#define HOOKS(size)                                                                               \
+  HOOK void __tsan_read##size(void* p) { see(p, size, CALLER, false, false); }                    \
+  HOOK void __tsan_write##size(void* p) { see(p, size, CALLER, true, false); }                    \
+  HOOK void __tsan_unaligned_read##size(void* p) { see(p, size, CALLER, false, false); }          \
+  HOOK void __tsan_unaligned_write##size(void* p) { see(p, size, CALLER, true, false); }          \
+  HOOK void __tsan_volatile_read##size(void* p) { see_volatile_read(p, size, CALLER); }           \
+  HOOK void __tsan_volatile_write##size(void* p) { see_volatile_write(p, size, CALLER); }         \
+  HOOK void __tsan_unaligned_volatile_read##size(void* p) { see_volatile_read(p, size, CALLER); } \
   HOOK void __tsan_unaligned_volatile_write##size(void* p) { see_volatile_write(p, size, CALLER); }
 HOOKS(1)
 HOOKS(2)
@@ -75,36 +77,40 @@ HOOK void __tsan_atomic_thread_fence(int) {
 HOOK void __tsan_atomic_signal_fence(int) {}
 
 // C++ atomics, which host code of the same file may use (reference counts, once-flags).
-#define ATOMIC_HOOKS(bits, T)                                                                                  \
-  HOOK T __tsan_atomic##bits##_load(const volatile T* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); } \
-  HOOK void __tsan_atomic##bits##_store(volatile T* p, T v, int) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); } \
-  HOOK T __tsan_atomic##bits##_exchange(volatile T* p, T v, int) {                                             \
-    return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                                        \
-  }                                                                                                            \
-  HOOK T __tsan_atomic##bits##_fetch_add(volatile T* p, T v, int) {                                            \
-    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);                                                         \
-  }                                                                                                            \
-  HOOK T __tsan_atomic##bits##_fetch_sub(volatile T* p, T v, int) {                                            \
-    return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST);                                                         \
-  }                                                                                                            \
-  HOOK T __tsan_atomic##bits##_fetch_and(volatile T* p, T v, int) {                                            \
-    return __atomic_fetch_and(p, v, __ATOMIC_SEQ_CST);                                                         \
-  }                                                                                                            \
-  HOOK T __tsan_atomic##bits##_fetch_or(volatile T* p, T v, int) {                                             \
-    return __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST);                                                          \
-  }                                                                                                            \
-  HOOK T __tsan_atomic##bits##_fetch_xor(volatile T* p, T v, int) {                                            \
-    return __atomic_fetch_xor(p, v, __ATOMIC_SEQ_CST);                                                         \
-  }                                                                                                            \
-  HOOK int __tsan_atomic##bits##_compare_exchange_strong(volatile T* p, T* c, T v, int, int) {                 \
-    return __atomic_compare_exchange_n(p, c, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                    \
-  }                                                                                                            \
-  HOOK int __tsan_atomic##bits##_compare_exchange_weak(volatile T* p, T* c, T v, int, int) {                   \
-    return __atomic_compare_exchange_n(p, c, v, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                     \
-  }                                                                                                            \
-  HOOK T __tsan_atomic##bits##_compare_exchange_val(volatile T* p, T c, T v, int, int) {                       \
-    __atomic_compare_exchange_n(p, &c, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                          \
-    return c;                                                                                                  \
+#define ATOMIC_HOOKS(bits, T)                                                                  \
+  HOOK T __tsan_atomic##bits##_load(const volatile T* p, int) {                                \
+    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                               \
+  }                                                                                            \
+  HOOK void __tsan_atomic##bits##_store(volatile T* p, T v, int) {                             \
+    __atomic_store_n(p, v, __ATOMIC_SEQ_CST);                                                  \
+  }                                                                                            \
+  HOOK T __tsan_atomic##bits##_exchange(volatile T* p, T v, int) {                             \
+    return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                        \
+  }                                                                                            \
+  HOOK T __tsan_atomic##bits##_fetch_add(volatile T* p, T v, int) {                            \
+    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);                                         \
+  }                                                                                            \
+  HOOK T __tsan_atomic##bits##_fetch_sub(volatile T* p, T v, int) {                            \
+    return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST);                                         \
+  }                                                                                            \
+  HOOK T __tsan_atomic##bits##_fetch_and(volatile T* p, T v, int) {                            \
+    return __atomic_fetch_and(p, v, __ATOMIC_SEQ_CST);                                         \
+  }                                                                                            \
+  HOOK T __tsan_atomic##bits##_fetch_or(volatile T* p, T v, int) {                             \
+    return __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST);                                          \
+  }                                                                                            \
+  HOOK T __tsan_atomic##bits##_fetch_xor(volatile T* p, T v, int) {                            \
+    return __atomic_fetch_xor(p, v, __ATOMIC_SEQ_CST);                                         \
+  }                                                                                            \
+  HOOK int __tsan_atomic##bits##_compare_exchange_strong(volatile T* p, T* c, T v, int, int) { \
+    return __atomic_compare_exchange_n(p, c, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);    \
+  }                                                                                            \
+  HOOK int __tsan_atomic##bits##_compare_exchange_weak(volatile T* p, T* c, T v, int, int) {   \
+    return __atomic_compare_exchange_n(p, c, v, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);     \
+  }                                                                                            \
+  HOOK T __tsan_atomic##bits##_compare_exchange_val(volatile T* p, T c, T v, int, int) {       \
+    __atomic_compare_exchange_n(p, &c, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);          \
+    return c;                                                                                  \
   }
 ATOMIC_HOOKS(8, uint8_t)
 ATOMIC_HOOKS(16, uint16_t)
@@ -128,7 +134,8 @@ HOOK void* __wrap_memset(void* to, int value, size_t bytes) {
   return memset(to, value, bytes);
 }
 
-// ---- undefined behaviour ------------------------------------------------------------------------------------
+// ---- undefined behaviour
+// ------------------------------------------------------------------------------------
 
 namespace {
 
@@ -155,10 +162,10 @@ HOOK void __ubsan_handle_type_mismatch_v1(AlignmentData* data, uintptr_t pointer
   if (current == nullptr) return;
   const uintptr_t alignment = uintptr_t(1) << data->log_alignment;
   if (pointer != 0 && pointer % alignment == 0) return;
-  undefined(data->location, pointer == 0 ? std::string("null pointer followed")
-                                         : "misaligned: an access that needs " + std::to_string(alignment) +
-                                               "-byte alignment, at " +
-                                               address_text(*current->block, pointer));
+  undefined(data->location, pointer == 0
+                                ? std::string("null pointer followed")
+                                : "misaligned: an access that needs " + std::to_string(alignment) +
+                                      "-byte alignment, at " + address_text(*current->block, pointer));
 }
 HOOK void __ubsan_handle_out_of_bounds(SourceLocation* at, uintptr_t index) {
   undefined(*at, "index out of bounds: " + std::to_string(long(index)));

@@ -1,6 +1,5 @@
 // One launch from beginning to end, and the controls.
 #include <chrono>
-#include <cstdlib>
 #include <mutex>
 #include <stdexcept>
 
@@ -21,24 +20,14 @@ void require_limits(const char* name, uint3 grid, uint3 block, size_t dynamic_sm
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   std::string excess;
   if (threads == 0 || threads > kMaxThreads || block.z > 64) excess = "the block's shape";
-  if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu || blocks > 0x7fffffffu) excess = "the grid's shape";
+  if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu || blocks > 0x7fffffffu)
+    excess = "the grid's shape";
   if (dynamic_smem > kMaxSharedBytes) excess = "dynamic shared memory";
   if (!excess.empty()) {
     throw std::runtime_error("tranche simulator: kernel " + std::string(name) + ": " + excess +
                              " exceeds the limits of a GPU");
   }
 }
-
-uint64_t seed_from_environment() {
-  const char* text = getenv("TRANCHE_SIM_SEED");
-  return text != nullptr ? strtoull(text, nullptr, 0) : 0;
-}
-
-const bool initialised = [] {
-  machine.seed = seed_from_environment();
-  machine.use_ucontext = !has_assembly_switch();
-  return true;
-}();
 
 }  // namespace
 }  // namespace tranche::sim
@@ -102,9 +91,11 @@ void* tranche_sim_static_shared(const void* declaration, const char* name, size_
   size_t offset = SharedShadow::kStaticOffset + launch.static_top + kMoat;
   offset = (offset + 127) / 128 * 128;
   if (alignment < 16) offset += alignment;
-  if (used > kMaxStaticBytes || used + launch.dynamic_smem > kMaxSharedBytes || offset + bytes > SharedShadow::kBytes) {
-    report_and_stop(current, "shared memory: `" + std::string(name) + "` takes it to " +
-                                 std::to_string(used + launch.dynamic_smem) + " bytes, more than a block can have",
+  if (used > kMaxStaticBytes || used + launch.dynamic_smem > kMaxSharedBytes ||
+      offset + bytes > SharedShadow::kBytes) {
+    report_and_stop(current,
+                    "shared memory: `" + std::string(name) + "` takes it to " +
+                        std::to_string(used + launch.dynamic_smem) + " bytes, more than a block can have",
                     {}, 0);
   }
   launch.static_top = offset + bytes - SharedShadow::kStaticOffset;
@@ -124,9 +115,7 @@ uint32_t tranche_sim_shared_offset(const void* pointer, Site site) {
   return uint32_t(address - current->block->shared.low);
 }
 
-int64_t tranche_sim_clock() {
-  return std::chrono::steady_clock::now().time_since_epoch().count();
-}
+int64_t tranche_sim_clock() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
 
 void tranche_sim_trap(const char* what, Site site) { report_and_stop(current, what, site, 0); }
 

@@ -38,8 +38,8 @@ struct AsyncCopy {
   alignas(16) std::byte data[16];
 };
 
-// When a thread last executed __threadfence: what it and, by way of barriers, its block did before is published
-// by its next atomic.
+// When a thread last executed __threadfence: what it and, by way of barriers, its block did before is
+// published by its next atomic.
 struct Fence {
   uint32_t epoch = 0, label = 0, floor = 0;
 };
@@ -49,7 +49,7 @@ struct alignas(64) Thread {
   Stack stack;
   Block* block = nullptr;
   Warp* warp = nullptr;
-  uint16_t id = 0;    // in the block, x fastest
+  uint16_t id = 0;  // in the block, x fastest
   uint8_t lane = 0;
   uint3 index{};
 
@@ -71,8 +71,8 @@ struct alignas(64) Thread {
   } d = {};
   uintptr_t pc = 0;
 
-  std::vector<AsyncCopy> copies;     // in flight, oldest first
-  std::vector<size_t> group_ends;    // committed groups: each ends before copies[group_end]
+  std::vector<AsyncCopy> copies;   // in flight, oldest first
+  std::vector<size_t> group_ends;  // committed groups: each ends before copies[group_end]
   size_t groups_landed = 0, copies_landed = 0;
 
   Fence fence;
@@ -93,7 +93,8 @@ struct Warp {
   uint32_t pending_count = 0;
 
   // Order within the warp since the last block barrier: accesses labelled below `floor` are ordered before
-  // everything to come. After a __syncwarp of a part of the warp, `seen[l][m]` says how far lane l knows of m.
+  // everything to come. After a __syncwarp of a part of the warp, `seen[l][m]` says how far lane l knows of
+  // m.
   uint32_t floor = 0;
   bool partial = false;
   uint32_t seen[kWarpSize][kWarpSize];
@@ -186,16 +187,18 @@ struct Launch {
   std::unordered_map<uint64_t, Fence> fences;  // block << 10 | thread
 };
 
+uint64_t seed_from_environment();
+
 struct Machine {
   Launch launch;
   std::vector<Block*> slots;
   Fiber main;
   StackPool stacks;
   Random random;
-  uint64_t seed = 0;
+  uint64_t seed = seed_from_environment();
   uint64_t launches_since_seed = 0;
   bool checks = true;
-  bool use_ucontext = false;
+  bool use_ucontext = !has_assembly_switch();
   uint32_t next_epoch = 1;
   uintptr_t host_stack_low = 0, host_stack_high = 0;
   tranche_sim_counters counters{};
@@ -208,7 +211,8 @@ extern Machine machine;
 extern __thread Thread* current __attribute__((tls_model("initial-exec")));
 extern __thread Thread* checked __attribute__((tls_model("initial-exec")));
 
-// ---- scheduler.cpp ------------------------------------------------------------------------------------------
+// ---- scheduler.cpp
+// ------------------------------------------------------------------------------------------
 
 // Suspends the current fiber, which has recorded what it waits for, until somebody wakes it.
 void park();
@@ -219,18 +223,21 @@ void wake(Warp& warp, uint32_t lanes);
 [[noreturn]] void stop_kernel();
 void run_launch();
 
-// ---- collectives.cpp, barriers.cpp --------------------------------------------------------------------------
+// ---- collectives.cpp, barriers.cpp
+// --------------------------------------------------------------------------
 
 // Called when `thread` has exited: may complete what others wait for, or find that it never can be.
 void warp_after_exit(Thread& thread);
 void barriers_after_exit(Thread& thread);
 void begin_epoch(Block& block);
 
-// ---- async_copy.cpp -----------------------------------------------------------------------------------------
+// ---- async_copy.cpp
+// -----------------------------------------------------------------------------------------
 
 void drop_copies(Thread& thread);
 
-// ---- matrix.cpp ---------------------------------------------------------------------------------------------
+// ---- matrix.cpp
+// ---------------------------------------------------------------------------------------------
 
 void run_ldmatrix(Warp& warp, bool transposed);
 void run_mma(Warp& warp, WarpOp op);

@@ -1,7 +1,7 @@
 // ldmatrix and mma.sync with the fragment layouts of the PTX ISA ("Matrix Fragments for mma.m16n8k16" and its
-// neighbours). Sums run over k in ascending order, each product and each sum rounded once to float; products of
-// two halves or bf16s are exact, so that equals a chain of fmas. The hardware's order is its own secret: results
-// agree to rounding, and integers exactly.
+// neighbours). Sums run over k in ascending order, each product and each sum rounded once to float; products
+// of two halves or bf16s are exact, so that equals a chain of fmas. The hardware's order is its own secret:
+// results agree to rounding, and integers exactly.
 #include "core/numeric.h"
 #include "sim/rt/findings.h"
 
@@ -124,8 +124,8 @@ void run_mma(Warp& warp, WarpOp op) {
   }
 }
 
-// The row of lane 8 m + r is row r of matrix m. Lane l receives of each matrix elements 2 (l % 4) and the next
-// of row l / 4; transposed, of column l / 4. A row counts as read by the lane that gave its address.
+// The row of lane 8 m + r is row r of matrix m. Lane l receives of each matrix elements 2 (l % 4) and the
+// next of row l / 4; transposed, of column l / 4. A row counts as read by the lane that gave its address.
 void run_ldmatrix(Warp& warp, bool transposed) {
   const uint32_t matrices = lane_of(warp, 0).argument;
   uint16_t element[4][8][8];
@@ -133,11 +133,14 @@ void run_ldmatrix(Warp& warp, bool transposed) {
     Thread& thread = lane_of(warp, lane);
     const auto address = reinterpret_cast<uintptr_t>(thread.row);
     if (!warp.block->shared.contains(address)) {
-      report_and_stop(&thread, "ldmatrix: the row address is not in the block's shared memory", thread.site, thread.pc);
+      report_and_stop(&thread, "ldmatrix: the row address is not in the block's shared memory", thread.site,
+                      thread.pc);
     }
     if (address % 16 != 0) {
-      report_and_stop(&thread, "misaligned: ldmatrix needs 16-byte aligned rows, this is " +
-                                   address_text(*warp.block, address), thread.site, thread.pc);
+      report_and_stop(
+          &thread,
+          "misaligned: ldmatrix needs 16-byte aligned rows, this is " + address_text(*warp.block, address),
+          thread.site, thread.pc);
     }
     if (checked != nullptr) check_access(thread, {address, 16, thread.pc, false, false});
     memcpy(element[lane / 8][lane % 8], thread.row, 16);

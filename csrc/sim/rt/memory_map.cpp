@@ -44,6 +44,21 @@ bool in_module(uintptr_t address, size_t bytes) {
                      [&](const Range& range) { return within(range, address, bytes); });
 }
 
+// Where this host thread's stack ends. Asking takes the main thread a walk through /proc, so it is done once.
+uintptr_t end_of_stack() {
+  static thread_local const uintptr_t end = [] {
+    pthread_attr_t attributes;
+    void* base = nullptr;
+    size_t bytes = 0;
+    if (pthread_getattr_np(pthread_self(), &attributes) == 0) {
+      pthread_attr_getstack(&attributes, &base, &bytes);
+      pthread_attr_destroy(&attributes);
+    }
+    return reinterpret_cast<uintptr_t>(base) + bytes;
+  }();
+  return end;
+}
+
 }  // namespace
 
 void begin_memory_map() {
@@ -51,16 +66,9 @@ void begin_memory_map() {
   last_hit = 0;
   modules.clear();  // libraries may have come and gone
 
-  // From here up to the end of the stack lie the launching functions' variables.
-  pthread_attr_t attributes;
-  void* base = nullptr;
-  size_t bytes = 0;
-  if (pthread_getattr_np(pthread_self(), &attributes) == 0) {
-    pthread_attr_getstack(&attributes, &base, &bytes);
-    pthread_attr_destroy(&attributes);
-  }
+  // The launching functions' variables lie from here up.
   machine.host_stack_low = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
-  machine.host_stack_high = std::max(machine.host_stack_low, reinterpret_cast<uintptr_t>(base) + bytes);
+  machine.host_stack_high = std::max(machine.host_stack_low, end_of_stack());
 }
 
 Place place_of(uintptr_t address, size_t bytes) {

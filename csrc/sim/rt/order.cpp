@@ -87,8 +87,8 @@ bool reads_are_ordered(const Thread& thread, const Cell& cell, bool shared) {
     const uint32_t owner = block_of_epoch(epoch);
     if (owner == block.linear) return true;
     const uint32_t first = uint32_t(__builtin_ctz(cell.readers));
-    return handed_over_to(thread, owner, read.many_warps() ? first * kWarpSize : read.warp() * kWarpSize + first,
-                          epoch, label);
+    return handed_over_to(
+        thread, owner, read.many_warps() ? first * kWarpSize : read.warp() * kWarpSize + first, epoch, label);
   }
   if (read.many_warps()) {
     for (uint32_t rest = cell.readers; rest != 0; rest &= rest - 1) {
@@ -137,7 +137,8 @@ void note_read(const Thread& thread, Cell& cell, bool shared, uintptr_t pc) {
 
 void advance_label(Block& block) {
   if (++block.now == kMaxLabel) {
-    report_and_stop(current, "more synchronisations of warps between two block barriers than can be followed", {}, 0);
+    report_and_stop(current, "more synchronisations of warps between two block barriers than can be followed",
+                    {}, 0);
   }
 }
 
@@ -182,25 +183,28 @@ void order_warps(Block& block, uint32_t waiting, uint32_t arrived, const uint32_
     }
     for (uint32_t rest = waiting; rest != 0; rest &= rest - 1) block.seen[__builtin_ctz(rest)][other] = known;
   }
-  for (uint32_t rest = waiting; rest != 0; rest &= rest - 1) block.warps[__builtin_ctz(rest)].floor = block.now;
+  for (uint32_t rest = waiting; rest != 0; rest &= rest - 1)
+    block.warps[__builtin_ctz(rest)].floor = block.now;
+}
+
+void take_over(Thread& thread, uintptr_t address) {
+  Block& block = *thread.block;
+  const auto found = machine.launch.releases.find(address);
+  if (found == machine.launch.releases.end()) return;
+  // Only what has been added since this block looked last.
+  size_t& version = block.acquired_version[address];
+  for (; version < found->second.size(); ++version) {
+    const Release& release = found->second[version];
+    if (release.block == block.linear && release.id == thread.id) continue;
+    block.acquired.push_back({release, thread.id, block.epoch, block.now});
+  }
 }
 
 void hand_over(Thread& thread, uintptr_t address) {
   Block& block = *thread.block;
-  auto& releases = machine.launch.releases;
-  const auto found = releases.find(address);
-  if (found != releases.end()) {
-    // Only what has been added since this block looked last.
-    size_t& version = block.acquired_version[address];
-    for (; version < found->second.size(); ++version) {
-      const Release& release = found->second[version];
-      if (release.block == block.linear && release.id == thread.id) continue;
-      block.acquired.push_back({release, thread.id, block.epoch, block.now});
-    }
-  }
   // A thread that never fenced may still pass on what its block fenced before a barrier.
   if (machine.launch.fences.empty()) return;
-  std::vector<Release>& mine = releases[address];
+  std::vector<Release>& mine = machine.launch.releases[address];
   if (!mine.empty()) {  // a thread that polls hands nothing new over
     const Release& last = mine.back();
     if (last.block == block.linear && last.id == thread.id && last.epoch == block.epoch &&

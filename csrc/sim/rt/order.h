@@ -22,7 +22,9 @@ inline void note_write(const Thread& thread, Cell& cell, bool atomic, uintptr_t 
 void order_lanes(Warp& warp, uint32_t lanes);
 void order_warps(Block& block, uint32_t waiting, uint32_t arrived, const uint32_t* labels);
 
-// An atomic on global memory: takes what others have handed over at this address, and hands over in turn.
+// An atomic on global memory takes what others have handed over at its address, and hands over in turn; a
+// volatile read does the first, a volatile write the second.
+void take_over(Thread& thread, uintptr_t address);
 void hand_over(Thread& thread, uintptr_t address);
 
 void advance_label(Block& block);

@@ -1,12 +1,18 @@
-// Who runs next. A fiber that has to wait switches straight to another one; the host's own stack is entered only
-// when a block has ended or nobody can go on.
+// Who runs next. A fiber that has to wait switches straight to another one; the host's own stack is entered
+// only when a block has ended or nobody can go on.
 #include <algorithm>
+#include <cstdlib>
 #include <exception>
 #include <numeric>
 
 #include "sim/rt/findings.h"
 
 namespace tranche::sim {
+
+uint64_t seed_from_environment() {
+  const char* text = getenv("TRANCHE_SIM_SEED");
+  return text != nullptr ? strtoull(text, nullptr, 0) : 0;
+}
 
 Machine machine;
 __thread Thread* current = nullptr;
@@ -27,8 +33,8 @@ Block* pick_block(Block* preferred) {
   return nullptr;
 }
 
-// Takes a runnable thread off its warp's list, or returns null. Mostly stays within the warp: its lanes' data is
-// in the cache, and its next collective needs them all.
+// Takes a runnable thread off its warp's list, or returns null. Mostly stays within the warp: its lanes' data
+// is in the cache, and its next collective needs them all.
 Thread* pick_next(Block* block, Warp* warp) {
   block = pick_block(block);
   if (block == nullptr) return nullptr;
@@ -133,12 +139,14 @@ void report_deadlock() {
       if (thread.wait == Wait::nothing || thread.wait == Wait::exited) continue;
       std::string what = "deadlock: waits for ever";
       if (thread.wait == Wait::warp) {
-        what += " in " + std::string(op_name(thread.op)) + " with mask " + mask_text(thread.mask) + " for lane";
+        what +=
+            " in " + std::string(op_name(thread.op)) + " with mask " + mask_text(thread.mask) + " for lane";
         const Warp& warp = *thread.warp;
         uint32_t arrived = 0;
         for (uint32_t i = 0; i < warp.pending_count; ++i) {
           const Rendezvous& r = warp.pending[i];
-          if (r.op == thread.op && r.mask == thread.mask && r.site.line == thread.site.line) arrived |= r.arrived;
+          if (r.op == thread.op && r.mask == thread.mask && r.site.line == thread.site.line)
+            arrived |= r.arrived;
         }
         uint32_t missing = thread.mask & ~arrived;
         for (; missing != 0; missing &= missing - 1) {
@@ -231,7 +239,8 @@ void run_launch() {
       start_next(order, next, *block);
     }
   }
-  const bool stuck = std::any_of(machine.slots.begin(), machine.slots.end(), [](Block* b) { return b->resident; });
+  const bool stuck =
+      std::any_of(machine.slots.begin(), machine.slots.end(), [](Block* b) { return b->resident; });
   if (stuck && !launch.stopped) report_deadlock();
   for (Block* block : machine.slots) {
     for (Thread& thread : block->threads) drop_copies(thread);

@@ -1,6 +1,6 @@
-// What is remembered about memory: for each 4-byte word who wrote it last and who has read it since. Stamps carry
-// an epoch number that no other block and no other phase between barriers shares, so nothing is ever cleared: a
-// word of an earlier block, or of an earlier launch, is recognised by its old epoch.
+// What is remembered about memory: for each 4-byte word who wrote it last and who has read it since. Stamps
+// carry an epoch number that no other block and no other phase between barriers shares, so nothing is ever
+// cleared: a word of an earlier block, or of an earlier launch, is recognised by its old epoch.
 #pragma once
 
 #include <cstddef>
@@ -45,11 +45,11 @@ constexpr uint32_t kMaxLabel = (1u << 24) - 1;
 struct Cell {
   WriteStamp write;
   ReadStamp read;
-  uint32_t readers = 0;    // lanes of read.warp(), or warps
+  uint32_t readers = 0;                // lanes of read.warp(), or warps
   uint32_t write_pc = 0, read_pc = 0;  // low halves of code addresses
-  uint8_t valid = 0;       // shared memory: which of the four bytes belong to a variable
-  uint8_t split = 0;       // the four bytes have cells of their own
-  uint16_t in_flight = 0;  // 1 + thread of a cp.async that will write here
+  uint8_t valid = 0;                   // shared memory: which of the four bytes belong to a variable
+  uint8_t split = 0;                   // the four bytes have cells of their own
+  uint16_t in_flight = 0;              // 1 + thread of a cp.async that will write here
 };
 static_assert(sizeof(Cell) == 32);
 

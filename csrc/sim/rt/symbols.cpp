@@ -17,7 +17,8 @@ std::string quoted(const char* path) {
   return text + "'";
 }
 
-// The innermost frame outside the headers that only wrap things: a kernel's line rather than that of a wrapper.
+// The innermost frame outside the headers that only wrap things: a kernel's line rather than that of a
+// wrapper.
 std::string ask_addr2line(const char* library, uintptr_t offset) {
   char tail[64];
   snprintf(tail, sizeof tail, " 0x%zx 2>/dev/null", size_t(offset));
@@ -31,8 +32,9 @@ std::string ask_addr2line(const char* library, uintptr_t offset) {
     if (text.compare(0, 2, "??") == 0 || text.find(":?") != std::string::npos) continue;
     if (first.empty()) first = text;
     const auto is_in = [&](const char* file) { return text.find(file) != std::string::npos; };
-    const bool wrapper = is_in("/sim/synchronization.h:") || is_in("/sim/atomics.h:") || is_in("/sim/ptx.h:") ||
-                         is_in("/sim/intrinsics.h:") || is_in("/sim/vector_types.h:") || is_in("/core/numeric.h:");
+    const bool wrapper = is_in("/sim/synchronization.h:") || is_in("/sim/atomics.h:") ||
+                         is_in("/sim/ptx.h:") || is_in("/sim/intrinsics.h:") ||
+                         is_in("/sim/vector_types.h:") || is_in("/core/numeric.h:");
     if (chosen.empty() && !wrapper) chosen = text;
   }
   pclose(pipe);

@@ -1,0 +1,184 @@
+// Plans and launches tree_attention: which variant, how many blocks, where partial results go.
+#include "tree/tree_attention_ffma.cuh"
+#include "tree/tree_attention_merge.cuh"
+#include "tree/tree_attention_mma.cuh"
+
+namespace tranche::cuda {
+namespace {
+
+// Two blocks for each of an H200's 132 streaming multiprocessors. More splits than that only add partial results.
+constexpr int64_t kBusyBlocks = 264;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr size_t align_256(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+using Kernel = void (*)(TreeAttentionLaunch);
+
+// One instantiation, as the planner sees it.
+struct Variant {
+  const char* name;
+  Kernel kernel, paths;  // paths: null unless this variant serves exact's second pass
+  int threads, rows;
+  int smem, smem_with_segment;
+  int stored_bytes;
+};
+
+template <class Traits>
+constexpr Variant variant_of(const char* name, Kernel kernel, Kernel paths) {
+  using Memory = StreamMemory<Traits>;
+  return {name,           kernel,
+          paths,          Traits::kThreads,
+          Traits::kBlockRows, Memory::kBytes,
+          Memory::kBytesWithSegment, StoredState<Traits>::kBytes};
+}
+
+template <class T, int kDim, int kRowWarps, int kColumnWarps>
+Variant mma_variant() {
+  using Traits = MmaTraits<T, kDim, kRowWarps, kColumnWarps>;
+  if constexpr (kRowWarps == 1) {
+    return variant_of<Traits>("tree_attention_mma", tree_attention_mma<Traits>, tree_attention_mma_paths<Traits>);
+  } else {
+    return variant_of<Traits>("tree_attention_mma", tree_attention_mma<Traits>, nullptr);
+  }
+}
+
+template <int kDim, int kThreadRows>
+Variant ffma_variant() {
+  using Traits = FfmaTraits<kDim, kThreadRows>;
+  if constexpr (kThreadRows == 2) {
+    return variant_of<Traits>("tree_attention_ffma", tree_attention_ffma<Traits>, tree_attention_ffma_paths<Traits>);
+  } else {
+    return variant_of<Traits>("tree_attention_ffma", tree_attention_ffma<Traits>, nullptr);
+  }
+}
+
+// The smallest variant of a family also walks the paths of exact: its blocks have one node each.
+template <class T>
+Variant choose_mma(int head_dim, int64_t rows) {
+  const bool few_rows = rows <= 16;    // decoding, a narrow tree: one row tile, its columns split among warps
+  const bool many_rows = rows > 64;    // half the traffic from L2 per product
+  if (head_dim <= 64) {
+    return few_rows ? mma_variant<T, 64, 1, 4>() : many_rows ? mma_variant<T, 64, 8, 1>() : mma_variant<T, 64, 4, 1>();
+  }
+  if (head_dim <= 128) {
+    return few_rows    ? mma_variant<T, 128, 1, 4>()
+           : many_rows ? mma_variant<T, 128, 8, 1>()
+                       : mma_variant<T, 128, 4, 1>();
+  }
+  // Two accumulators of 256 columns would fill the register file.
+  return few_rows ? mma_variant<T, 256, 1, 4>() : mma_variant<T, 256, 2, 2>();
+}
+
+Variant choose_ffma(int head_dim, int64_t rows) {
+  const bool few_rows = rows <= 16;
+  if (head_dim <= 64) return few_rows ? ffma_variant<64, 2>() : ffma_variant<64, 4>();
+  if (head_dim <= 128) return few_rows ? ffma_variant<128, 2>() : ffma_variant<128, 4>();
+  return ffma_variant<256, 2>();
+}
+
+Variant choose(const TreeAttentionParams& p, int64_t rows) {
+  switch (p.q_type) {
+    case DType::f16: return choose_mma<half>(p.head_dim, rows);
+    case DType::bf16: return choose_mma<bf16>(p.head_dim, rows);
+    case DType::f32: return choose_ffma(p.head_dim, rows);
+    default: throw std::invalid_argument("tranche: tree_attention: no CUDA kernel for this dtype");
+  }
+}
+
+bool aligned(const void* pointer, const int64_t (&strides)[3], int64_t element, int64_t bytes) {
+  bool result = reinterpret_cast<uintptr_t>(pointer) % uintptr_t(bytes) == 0;
+  for (const int64_t stride : strides) result = result && stride * element % bytes == 0;
+  return result;
+}
+
+int64_t element_bytes(DType type) { return type == DType::f32 ? 4 : type == DType::e4m3 ? 1 : 2; }
+
+struct Plan {
+  TreeAttentionLaunch launch;
+  Variant variant;
+  bool merge;         // partial results are possible
+  bool keep_segment;  // a block may own more than a quad
+  size_t out_bytes, stats_bytes, running_bytes;
+};
+
+Plan make_plan(const TreeAttentionParams& p) {
+  Plan plan{};
+  TreeAttentionLaunch& l = plan.launch;
+  l.p = p;
+  // A single node is its own path, and its slot is its position.
+  l.p.exact = p.exact && p.nodes > 1;
+  l.group = p.heads_q / p.heads_kv;
+  l.rows = p.nodes * l.group;
+  plan.variant = choose(p, l.rows);
+  l.row_blocks = int32_t(ceil_div(l.rows, plan.variant.rows));
+  const int64_t chunks = ceil_div(p.capacity, kChunkSlots);
+  const int64_t busy = kBusyBlocks / (int64_t(p.batch) * p.heads_kv * l.row_blocks);
+  l.splits = int32_t(busy < 1 || chunks < 1 ? 1 : busy < chunks ? busy : chunks);
+  const int64_t segments = ceil_div(chunks, kSegmentChunks);
+  l.slots = int32_t(l.splits == 1 ? 1 : segments > l.splits ? segments : l.splits);
+  // An open quad, an open segment, and the chunks from the one where the committed tokens end: they end in any
+  // of its slots, and a path is N at most.
+  l.all_slots = l.slots + (l.p.exact ? int32_t(2 + (p.nodes + kChunkSlots - 2) / kChunkSlots + 1) : 0);
+  l.aligned_kv = aligned(p.k_cache, p.k_stride, element_bytes(p.kv_type), 16) &&
+                 aligned(p.v_cache, p.v_stride, element_bytes(p.kv_type), 16);
+  l.aligned_q = aligned(p.q, p.q_stride, element_bytes(p.q_type), 4) &&
+                aligned(p.out, p.out_stride, element_bytes(p.q_type), 4);
+
+  plan.merge = l.splits > 1 || l.p.exact;
+  plan.keep_segment = chunks > int64_t(kQuadChunks) * (l.splits == 1 ? 0 : l.splits);
+  const size_t partial_rows = plan.merge ? size_t(p.batch) * p.heads_kv * l.all_slots * l.rows : 0;
+  plan.out_bytes = align_256(partial_rows * p.head_dim * sizeof(float));
+  plan.stats_bytes = align_256(partial_rows * 2 * sizeof(float));
+  const size_t blocks = size_t(p.batch) * p.heads_kv * l.row_blocks * l.splits;
+  plan.running_bytes = plan.keep_segment ? blocks * 2 * plan.variant.stored_bytes : 0;
+  return plan;
+}
+
+template <class T>
+void launch_merge(const TreeAttentionLaunch& l, void* stream) {
+  const int64_t threads = int64_t(l.rows) * (l.p.head_dim / 4);
+  const dim3 grid(unsigned(ceil_div(threads, MergeTraits::kThreads)), unsigned(l.p.heads_kv), unsigned(l.p.batch));
+  launch("tree_attention_merge", tree_attention_merge<T>, {grid, dim3(MergeTraits::kThreads)}, stream, l);
+}
+
+}  // namespace
+
+size_t tree_attention_workspace(const TreeAttentionParams& p) {
+  if (p.batch == 0 || p.nodes == 0 || p.heads_q == 0) return 0;
+  const Plan plan = make_plan(p);
+  return plan.out_bytes + plan.stats_bytes + plan.running_bytes;
+}
+
+void tree_attention(const TreeAttentionParams& p, void* stream) {
+  if (p.batch == 0 || p.nodes == 0 || p.heads_q == 0) return;
+  Plan plan = make_plan(p);
+  TreeAttentionLaunch& l = plan.launch;
+  unsigned char* workspace = static_cast<unsigned char*>(p.workspace);
+  l.partial_out = reinterpret_cast<float*>(workspace);
+  l.partial_stats = reinterpret_cast<float*>(workspace + plan.out_bytes);
+  l.running = reinterpret_cast<float*>(workspace + plan.out_bytes + plan.stats_bytes);
+
+  const Variant& v = plan.variant;
+  const dim3 grid(unsigned(l.row_blocks) * unsigned(l.splits), unsigned(p.heads_kv), unsigned(p.batch));
+  launch(v.name, v.kernel,
+         {grid, dim3(unsigned(v.threads)), size_t(plan.keep_segment ? v.smem_with_segment : v.smem)}, stream, l);
+
+  if (l.p.exact) {
+    const Variant path = choose(p, 1);
+    TreeAttentionLaunch paths = l;
+    paths.paths = true;
+    paths.row_blocks = int32_t(p.nodes * ceil_div(l.group, path.rows));
+    const dim3 path_grid(unsigned(paths.row_blocks), unsigned(p.heads_kv), unsigned(p.batch));
+    launch(path.name, path.paths, {path_grid, dim3(unsigned(path.threads)), size_t(path.smem)}, stream, paths);
+  }
+  if (plan.merge) {
+    switch (p.q_type) {
+      case DType::f16: launch_merge<half>(l, stream); break;
+      case DType::bf16: launch_merge<bf16>(l, stream); break;
+      default: launch_merge<float>(l, stream); break;
+    }
+  }
+}
+
+}  // namespace tranche::cuda
