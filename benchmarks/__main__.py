@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks import harness
 
-FAMILIES = ("tree",)
+FAMILIES = ("bits", "tree")
 
 
 def percent(text: str) -> float:

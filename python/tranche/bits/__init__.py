@@ -1,5 +1,6 @@
 """Integer bit switching: one stored weight, every precision from 8 to 2 bits, chosen call by call."""
 
+from tranche.bits.modules import BitSwitchConv2d, BitSwitchLinear, at_bits, convert, set_bits
 from tranche.bits.ops import (
     dequantize,
     int_linear,
@@ -14,7 +15,11 @@ from tranche.bits.ops import (
 from tranche.bits.packed import PackedWeight
 
 __all__ = [
+    "BitSwitchConv2d",
+    "BitSwitchLinear",
     "PackedWeight",
+    "at_bits",
+    "convert",
     "dequantize",
     "int_linear",
     "linear",
@@ -23,5 +28,6 @@ __all__ = [
     "quantize",
     "quantize_activations",
     "round_bits",
+    "set_bits",
     "unpack",
 ]
