@@ -31,16 +31,16 @@ O_70B = Layer("llama-3-70b.o", 8192, 8192)
 class Linear:
     """One layer over rotating copies of its weight, and the same in torch's words."""
 
-    def __init__(self, layer: Layer, rows: int, width: int, activation_bits: int | None, device: str, buffers: int):
+    def __init__(
+        self, layer: Layer, rows: int, width: int, activation_bits: int | None, device: str, buffers: int
+    ):
         self.width, self.activation_bits = width, activation_bits
         codes = torch.randint(-128, 128, (layer.outputs, layer.inputs), dtype=torch.int8, device=device)
         self.scale = torch.rand(layer.outputs, device=device) * 1e-3
         first = bits.pack(codes)
         # half precision halves the copies that fit: fewer buffers rotate as many bytes
         few = max(2, -(-buffers * width // 16))
-        self.packed = [
-            PackedWeight(first.data.clone(), layer.outputs, layer.inputs) for _ in range(buffers)
-        ]
+        self.packed = [PackedWeight(first.data.clone(), layer.outputs, layer.inputs) for _ in range(buffers)]
         weight = bits.dequantize(first, self.scale, width, torch.bfloat16)
         self.bf16 = [weight.clone() for _ in range(few)]
         self.fp32 = [weight.float() for _ in range(max(2, few // 2))]
@@ -106,7 +106,9 @@ def linear_row(
         bytes_read=packed.bytes_read(width) + 2 * rows * layer.inputs,
         operations=2 * rows * layer.outputs * layer.inputs,
         math="int8" if activation_bits else "fp32",
-        build=lambda buffers: Linear(layer, rows, width, activation_bits, device, min(buffers, 96)).workload(),
+        build=lambda buffers: Linear(
+            layer, rows, width, activation_bits, device, min(buffers, 96)
+        ).workload(),
         bars=bars if bars and device == "cpu" else {},
         quick=quick,
     )

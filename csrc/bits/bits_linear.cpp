@@ -20,7 +20,6 @@ void check_x(const TensorChecks& check, const Tensor& x, const Tensor& data, con
              "Split the inputs, or leave activation_bits out.");
 }
 
-// x's last dimension may lie apart; its rows are made contiguous here, where it is cheap to look.
 void set_x(BitsLinearParams& params, const Tensor& x) {
   params.x = x.const_data_ptr();
   params.rows = x.size(0);
@@ -60,7 +59,8 @@ Tensor bits_linear(const Tensor& x, const Tensor& data, const Tensor& scale, int
   params.w = packed_weight(check, data, out_features, in_features, layout, bits);
   params.groups = check_scale(check, scale, params.w, data);
   check.that(!activation_bits || *activation_bits == 8, "activation_bits None or 8",
-             activation_bits ? concat(*activation_bits) : "", "Activations are quantized to 8 bits, or not at all.");
+             activation_bits ? concat(*activation_bits) : "",
+             "Activations are quantized to 8 bits, or not at all.");
   check.dtype("x", x, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
   check_x(check, x, data, params.w, activation_bits.has_value());
   if (bias) check.exactly("bias", *bias, ScalarType::Float, {out_features}, "[O]", "x", x);
@@ -77,8 +77,9 @@ Tensor bits_linear(const Tensor& x, const Tensor& data, const Tensor& scale, int
   return out;
 }
 
-REGISTER_OP(bits_int_linear,
-            "(Tensor x, Tensor data, SymInt out_features, SymInt in_features, int layout, int bits) -> Tensor")
+REGISTER_OP(
+    bits_int_linear,
+    "(Tensor x, Tensor data, SymInt out_features, SymInt in_features, int layout, int bits) -> Tensor")
 REGISTER_OP(bits_linear,
             "(Tensor x, Tensor data, Tensor scale, SymInt out_features, SymInt in_features, int layout, "
             "int bits, Tensor? bias=None, int? activation_bits=None) -> Tensor")

@@ -1,5 +1,5 @@
-// Two kernels of eight warps for 16 outputs: integer activations by MMA, float activations by FMA. Decoded weights
-// go from registers straight to either.
+// Two kernels of eight warps for 16 outputs: integer activations by MMA, float activations by FMA. Decoded
+// weights go from registers straight to either.
 #pragma once
 
 #include "bits/bits_linear.h"
@@ -20,7 +20,8 @@ struct BitsLinearLaunch {
   int64_t padded_inputs;   // a multiple of 32
 };
 
-__device__ __forceinline__ void store_output(const BitsLinearParams& p, int64_t row, int64_t output, float y) {
+__device__ __forceinline__ void store_output(const BitsLinearParams& p, int64_t row, int64_t output,
+                                             float y) {
   const int64_t at = row * p.w.out_features + output;
   if (p.type == DType::f32) {
     static_cast<float*>(p.out)[at] = y;
@@ -31,26 +32,27 @@ __device__ __forceinline__ void store_output(const BitsLinearParams& p, int64_t 
   }
 }
 
-__device__ __forceinline__ void finish_output(const BitsLinearLaunch& k, int64_t row, int64_t output, float total) {
+__device__ __forceinline__ void finish_output(const BitsLinearLaunch& k, int64_t row, int64_t output,
+                                              float total) {
   float y = __fmul_rn(total, k.x_scale[row]);
   if (k.p.bias) y = __fadd_rn(y, k.p.bias[output]);
   store_output(k.p, row, output, y);
 }
 
-// ---- integer activations ------------------------------------------------------------------------------------
+// ---- integer activations
+// ------------------------------------------------------------------------------------
 
 // Adds tiles [begin, end) of a row of tiles to sums: chunks first, first + step, ... of 4 tiles.
 template <int slices, int columns>
-__device__ __forceinline__ void add_chunks(const BitsLinearLaunch& k, int64_t row_tile, int64_t begin, int64_t end,
-                                           int64_t first, int64_t step, int64_t first_row,
+__device__ __forceinline__ void add_chunks(const BitsLinearLaunch& k, int64_t row_tile, int64_t begin,
+                                           int64_t end, int64_t first, int64_t step, int64_t first_row,
                                            int32_t (&sums)[columns][4]) {
   const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   const Rounding rounding = rounding_of_bits(k.p.w.bits);
   for (int64_t chunk = begin + kChunkTiles * first; chunk < end; chunk += kChunkTiles * step) {
     const int64_t tile = chunk + t;
     const bool valid = tile < end;
-    const LaneTile weights =
-        load_lane_tile<slices>(k.p.w, row_tile * k.p.w.input_tiles + tile, g, valid);
+    const LaneTile weights = load_lane_tile<slices>(k.p.w, row_tile * k.p.w.input_tiles + tile, g, valid);
     uint32_t a[4][4];
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
@@ -147,7 +149,8 @@ __global__ void __launch_bounds__(32 * kLinearWarps) bits_linear_group_kernel(Bi
   }
 }
 
-// ---- float activations --------------------------------------------------------------------------------------
+// ---- float activations
+// --------------------------------------------------------------------------------------
 
 // x as floats, padded with zeros: one row a block.
 __global__ void __launch_bounds__(256) bits_linear_widen_kernel(BitsLinearLaunch k) {
@@ -165,8 +168,8 @@ __global__ void __launch_bounds__(256) bits_linear_widen_kernel(BitsLinearLaunch
   }
 }
 
-// A lane adds up one tile of two outputs in a chain and scales it; lanes, then warps, are added in a fixed order that
-// depends on the inputs' number only.
+// A lane adds up one tile of two outputs in a chain and scales it; lanes, then warps, are added in a fixed
+// order that depends on the inputs' number only.
 template <int slices, int rows>
 __global__ void __launch_bounds__(32 * kLinearWarps) bits_linear_float_kernel(BitsLinearLaunch k) {
   SHARED(float, shared, kLinearWarps * kTileRows * rows);  // [warp][output][row of x]
@@ -187,7 +190,8 @@ __global__ void __launch_bounds__(32 * kLinearWarps) bits_linear_float_kernel(Bi
 #pragma unroll
       for (int m = 0; m < rows; ++m) {
         const int64_t row = first_row + m < k.p.rows ? first_row + m : k.p.rows - 1;
-        x[m] = *reinterpret_cast<const float4*>(k.floats + row * k.padded_inputs + tile * kTileInputs + 4 * v);
+        x[m] =
+            *reinterpret_cast<const float4*>(k.floats + row * k.padded_inputs + tile * kTileInputs + 4 * v);
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {

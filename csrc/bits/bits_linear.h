@@ -1,7 +1,7 @@
 // x times packed weights: what a kernel of bits_int_linear and bits_linear receives.
 //
-// The sums are over integers w = W_l * 2^(8-l), which fit 8 bits for every l, and are divided by 2^(8-l) only where
-// integers are asked for. In float, each operation rounded once, groups in order:
+// The sums are over integers w = W_l * 2^(8-l), which fit 8 bits for every l, and are divided by 2^(8-l) only
+// where integers are asked for. In float, each operation rounded once, groups in order:
 //   integer activations:  y = (float(sum_0) * scale_0 + float(sum_1) * scale_1 + ...) * x_scale (+ bias)
 //   weight-only:          y = total_0 * scale_0 + total_1 * scale_1 + ... (+ bias)
 // where a group's total adds blocks of 256 inputs in order, and a block is one chain of FMAs on the CPU.

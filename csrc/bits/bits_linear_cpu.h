@@ -1,4 +1,5 @@
-// What the CPU kernels of bits_linear share: the workspace, the share of a thread, and how sums become outputs.
+// What the CPU kernels of bits_linear share: the workspace, the share of a thread, and how sums become
+// outputs.
 #pragma once
 
 #include <cstdlib>
@@ -55,7 +56,8 @@ static_assert(kRunTiles * kTileInputs == kFloatBlock, "weight-only adds up runs"
 
 // A thread's consecutive share of the rows of tiles, and memory of its own.
 template <class F>
-TRANCHE_INLINE void share_row_tiles(const BitsLinearParams& p, int64_t step, int64_t scratch_bytes, const F& f) {
+TRANCHE_INLINE void share_row_tiles(const BitsLinearParams& p, int64_t step, int64_t scratch_bytes,
+                                    const F& f) {
   const int64_t steps = (p.w.row_tiles + step - 1) / step;
   const bool worth_threads = p.w.out_features * p.w.in_features >= 65536;
   const int64_t threads = worth_threads ? num_threads() : 1, parts = threads < steps ? threads : steps;
@@ -115,7 +117,7 @@ static void add_group(const int32_t* sums, int32_t row_sum, const float (&scale)
 }
 
 static void finish_row(const BitsLinearParams& p, int64_t row, int64_t row_tile, float x_scale,
-                               const float (&bias)[16], const float (&total)[16]) {
+                       const float (&bias)[16], const float (&total)[16]) {
   float y[16];
   for (int r = 0; r < kTileRows; ++r) {
     y[r] = total[r] * x_scale;
@@ -125,7 +127,7 @@ static void finish_row(const BitsLinearParams& p, int64_t row, int64_t row_tile,
 }
 
 static void store_integers(const BitsLinearParams& p, int64_t row, int64_t row_tile, const int32_t* sums,
-                                   int32_t row_sum) {
+                           int32_t row_sum) {
   int32_t* out = static_cast<int32_t*>(p.out) + row * p.w.out_features + row_tile * kTileRows;
   const int64_t left = p.w.out_features - row_tile * kTileRows, n = left < kTileRows ? left : kTileRows;
   for (int64_t r = 0; r < n; ++r) {

@@ -1,7 +1,7 @@
 // Integer activations by AMX tiles: 32 rows of x times 32 outputs in four accumulators.
 //
-// A tile of x is 16 rows of 64 inputs. Two tiles of weights in the plain layout are 16 groups of four inputs for
-// 16 outputs, exactly what the instruction takes as its second operand.
+// A tile of x is 16 rows of 64 inputs. Two tiles of weights in the plain layout are 16 groups of four inputs
+// for 16 outputs, exactly what the instruction takes as its second operand.
 #pragma once
 
 #include "bits/bits_linear_cpu.h"
@@ -9,10 +9,10 @@
 
 namespace tranche::cpu::TRANCHE_ISA {
 
-// Sums over the steps [begin, end) of 64 inputs. a0 and a1 are tiles of x one kTileBytes after another, b0 and b1
-// weights; sums[2 i + o] gets x tile i times weights o.
-static void tile_sums(const int8_t* a0, const int8_t* a1, const uint8_t* b0, const uint8_t* b1,
-                              int64_t begin, int64_t end, int32_t (&sums)[4][256]) {
+// Sums over the steps [begin, end) of 64 inputs. a0 and a1 are tiles of x one kTileBytes after another, b0
+// and b1 weights; sums[2 i + o] gets x tile i times weights o.
+static void tile_sums(const int8_t* a0, const int8_t* a1, const uint8_t* b0, const uint8_t* b1, int64_t begin,
+                      int64_t end, int32_t (&sums)[4][256]) {
   TRANCHE_TILE_ZERO(0);
   TRANCHE_TILE_ZERO(1);
   TRANCHE_TILE_ZERO(2);
@@ -37,7 +37,7 @@ static void tile_sums(const int8_t* a0, const int8_t* a1, const uint8_t* b0, con
 
 // 32 outputs from `row_tile` on (or 16, where `outputs` is one row of tiles), 32 rows of x from `first` on.
 static void tile_block(const BitsLinearParams& p, const Codes& x, const uint8_t* b0, const uint8_t* b1,
-                               int64_t row_tile, int outputs, int64_t first) {
+                       int64_t row_tile, int outputs, int64_t first) {
   alignas(64) int32_t sums[4][256];
   const int64_t stripe = x.padded_inputs * 16;
   const int8_t* a0 = x.codes + first / 16 * stripe;

@@ -7,7 +7,8 @@ namespace tranche::cpu::TRANCHE_ISA {
 
 // Adds the products of `rows` rows of x with some tiles, in the plain layout, to sums.
 template <int rows>
-static void dot_run(const uint8_t* weights, int64_t tiles, const int8_t* x, int64_t stride, int32_t (*sums)[16]) {
+static void dot_run(const uint8_t* weights, int64_t tiles, const int8_t* x, int64_t stride,
+                    int32_t (*sums)[16]) {
   // A dot product takes five cycles: a single row keeps four chains of them going.
   constexpr int chains = kParts > 1 ? 1 : rows == 1 ? 4 : rows == 2 ? 2 : 1;
   Bytes sum[chains][rows][kParts];
@@ -43,14 +44,19 @@ static void dot_run(const uint8_t* weights, int64_t tiles, const int8_t* x, int6
 static void dot_rows(const uint8_t* weights, int64_t tiles, const int8_t* x, int64_t stride, int rows,
                      int32_t (*sums)[16]) {
   switch (rows) {
-    case 1: return dot_run<1>(weights, tiles, x, stride, sums);
-    case 2: return dot_run<2>(weights, tiles, x, stride, sums);
-    case 4: return dot_run<4>(weights, tiles, x, stride, sums);
-    default: return dot_run<kMostRows>(weights, tiles, x, stride, sums);
+    case 1:
+      return dot_run<1>(weights, tiles, x, stride, sums);
+    case 2:
+      return dot_run<2>(weights, tiles, x, stride, sums);
+    case 4:
+      return dot_run<4>(weights, tiles, x, stride, sums);
+    default:
+      return dot_run<kMostRows>(weights, tiles, x, stride, sums);
   }
 }
 
-// One row of tiles times `rows` rows of x from `first` on. `ready` holds the weights where several passes use them.
+// One row of tiles times `rows` rows of x from `first` on. `ready` holds the weights where several passes use
+// them.
 static void dot_row_tile(const BitsLinearParams& p, const Codes& x, const uint8_t* ready, int64_t row_tile,
                          int64_t first, int rows) {
   alignas(64) uint8_t run[kRunTiles * kTileBytes8];
@@ -63,10 +69,12 @@ static void dot_row_tile(const BitsLinearParams& p, const Codes& x, const uint8_
     for (int64_t t = g * tiles; t < group_end; t += kRunTiles) {
       const int64_t end = t + kRunTiles < group_end ? t + kRunTiles : group_end;
       const uint8_t* weights = ready ? ready + t * kTileBytes8 : decode_tiles(p.w, row_tile, t, end, run);
-      dot_rows(weights, end - t, x.codes + first * x.padded_inputs + t * kTileInputs, x.padded_inputs, rows, sums);
+      dot_rows(weights, end - t, x.codes + first * x.padded_inputs + t * kTileInputs, x.padded_inputs, rows,
+               sums);
     }
     if (p.kind == LinearKind::integers) {
-      for (int64_t m = 0; m < used; ++m) store_integers(p, first + m, row_tile, sums[m], x.row_sum[first + m]);
+      for (int64_t m = 0; m < used; ++m)
+        store_integers(p, first + m, row_tile, sums[m], x.row_sum[first + m]);
       return;
     }
     load_scales(p, row_tile, g, scale);

@@ -1,5 +1,5 @@
-// Weight-only: float activations times decoded weights, by FMAs. A row of x takes the same operations in the same
-// order whatever the others are: blocks of 256 inputs, each one chain, added up in order.
+// Weight-only: float activations times decoded weights, by FMAs. A row of x takes the same operations in the
+// same order whatever the others are: blocks of 256 inputs, each one chain, added up in order.
 #pragma once
 
 #include "bits/bits_linear_cpu.h"
@@ -49,8 +49,8 @@ static void float_run(const uint8_t* const (&weights)[2], int64_t tiles, const f
   }
 }
 
-// `pair` rows of tiles times `rows` rows of x from `first` on. `ready` holds the weights where several passes use
-// them, for a pair of one.
+// `pair` rows of tiles times `rows` rows of x from `first` on. `ready` holds the weights where several passes
+// use them, for a pair of one.
 template <int pair, int rows>
 static void float_row_tiles(const BitsLinearParams& p, const float* x, int64_t stride, const uint8_t* ready,
                             int64_t row_tile, int64_t first) {
@@ -88,10 +88,14 @@ static void float_row_tiles(const BitsLinearParams& p, const float* x, int64_t s
 static void float_rows(const BitsLinearParams& p, const float* x, int64_t stride, const uint8_t* ready,
                        int64_t row_tile, int64_t first, int rows) {
   switch (rows) {
-    case 1: return float_row_tiles<1, 1>(p, x, stride, ready, row_tile, first);
-    case 2: return float_row_tiles<1, 2>(p, x, stride, ready, row_tile, first);
-    case 4: return float_row_tiles<1, 4>(p, x, stride, ready, row_tile, first);
-    default: return float_row_tiles<1, kMostRows>(p, x, stride, ready, row_tile, first);
+    case 1:
+      return float_row_tiles<1, 1>(p, x, stride, ready, row_tile, first);
+    case 2:
+      return float_row_tiles<1, 2>(p, x, stride, ready, row_tile, first);
+    case 4:
+      return float_row_tiles<1, 4>(p, x, stride, ready, row_tile, first);
+    default:
+      return float_row_tiles<1, kMostRows>(p, x, stride, ready, row_tile, first);
   }
 }
 

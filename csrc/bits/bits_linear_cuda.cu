@@ -22,10 +22,12 @@ Space space_of(const BitsLinearParams& p) {
 
 template <int slices, int columns>
 void launch_integers(const BitsLinearLaunch& k, void* stream) {
-  const unsigned passes = unsigned((k.p.rows + 8 * columns - 1) / (8 * columns)), tiles = unsigned(k.p.w.row_tiles);
+  const unsigned passes = unsigned((k.p.rows + 8 * columns - 1) / (8 * columns)),
+                 tiles = unsigned(k.p.w.row_tiles);
   const dim3 block(32 * kLinearWarps);
   if (k.p.groups == 1) {
-    launch("bits_linear_integer", bits_linear_integer_kernel<slices, columns>, {dim3(tiles, passes), block}, stream, k);
+    launch("bits_linear_integer", bits_linear_integer_kernel<slices, columns>, {dim3(tiles, passes), block},
+           stream, k);
   } else {
     launch("bits_linear_group", bits_linear_group_kernel<slices, columns>,
            {dim3((tiles + kLinearWarps - 1) / kLinearWarps, passes), block}, stream, k);
@@ -35,7 +37,8 @@ void launch_integers(const BitsLinearLaunch& k, void* stream) {
 template <int slices, int rows>
 void launch_floats(const BitsLinearLaunch& k, void* stream) {
   const dim3 grid(unsigned(k.p.w.row_tiles), unsigned((k.p.rows + rows - 1) / rows));
-  launch("bits_linear_float", bits_linear_float_kernel<slices, rows>, {grid, dim3(32 * kLinearWarps)}, stream, k);
+  launch("bits_linear_float", bits_linear_float_kernel<slices, rows>, {grid, dim3(32 * kLinearWarps)}, stream,
+         k);
 }
 
 template <int slices>

@@ -1,5 +1,5 @@
-// A block quantises one row: the largest magnitude as an integer, then codes, 32 to a warp at a time, whose sums
-// go to their group's by an integer atomic.
+// A block quantises one row: the largest magnitude as an integer, then codes, 32 to a warp at a time, whose
+// sums go to their group's by an integer atomic.
 #pragma once
 
 #include "bits/bits_quantize_activations.h"

@@ -1,5 +1,5 @@
-// Two passes over a row: the largest magnitude, then codes and their sums. A magnitude is compared as an integer,
-// which orders floats, puts NaN above infinity, and gives the same maximum in any order.
+// Two passes over a row: the largest magnitude, then codes and their sums. A magnitude is compared as an
+// integer, which orders floats, puts NaN above infinity, and gives the same maximum in any order.
 #include "bits/bits_quantize_activations.h"
 
 #include "core/isa.h"
@@ -30,8 +30,8 @@ TRANCHE_INLINE uint32_t largest_magnitude(const T* x, int64_t inputs) {
   return all;
 }
 
-// Codes of up to 64 floats, the rest zeros, and their sum. Adding and subtracting 1.5 * 2^23 rounds half to even;
-// the clamp comes first, since the product is at most a rounding beyond 127.
+// Codes of up to 64 floats, the rest zeros, and their sum. Adding and subtracting 1.5 * 2^23 rounds half to
+// even; the clamp comes first, since the product is at most a rounding beyond 127.
 TRANCHE_INLINE int32_t quantize_block(const float* x, float inverse, int n, int8_t* codes) {
   constexpr float kMagic = 12582912.0f;
   int32_t sum = 0;

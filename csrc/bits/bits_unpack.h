@@ -1,4 +1,5 @@
-// Packed weights to codes, to floats, or to a plain copy for one precision: what a kernel of these ops receives.
+// Packed weights to codes, to floats, or to a plain copy for one precision: what a kernel of these ops
+// receives.
 #pragma once
 
 #include "bits/packed.h"

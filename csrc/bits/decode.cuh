@@ -1,9 +1,9 @@
 // Packed weights in a lane's registers.
 //
-// A warp takes a chunk of four tiles of inputs, 128 inputs: lane 4g + t takes rows 2g and 2g + 1 of tile t. Step s of
-// a chunk feeds one MMA of depth 32 whose order of inputs is the lane's own: its slots t and t + 4 are the words
-// (q, s) = (0, s) and (1, s) of tile t. Both operands follow it, so sums are of the right pairs, and a lane's words of
-// x are 32 consecutive bytes.
+// A warp takes a chunk of four tiles of inputs, 128 inputs: lane 4g + t takes rows 2g and 2g + 1 of tile t.
+// Step s of a chunk feeds one MMA of depth 32 whose order of inputs is the lane's own: its slots t and t + 4
+// are the words (q, s) = (0, s) and (1, s) of tile t. Both operands follow it, so sums are of the right
+// pairs, and a lane's words of x are 32 consecutive bytes.
 #pragma once
 
 #include "bits/packed.h"
@@ -19,7 +19,9 @@ struct LaneTile {
   uint2 plain[2][4];  // by q, s: the plain layout's words of both rows
 };
 
-__device__ __forceinline__ uint2 load_words(const uint8_t* from) { return *reinterpret_cast<const uint2*>(from); }
+__device__ __forceinline__ uint2 load_words(const uint8_t* from) {
+  return *reinterpret_cast<const uint2*>(from);
+}
 
 // Loads tile `tile`, or zeros (a byte that adds nothing to a sum) when it is not `valid`.
 template <int slices>
@@ -65,7 +67,8 @@ __device__ __forceinline__ LaneTile load_lane_tile(const PackedWeight& w, int64_
 
 // Four rounded bytes, W_l * 2^(8-l) + 128 each: inputs 16q + 4s .. +3 of row 2g + row.
 template <int slices>
-__device__ __forceinline__ uint32_t lane_word(const LaneTile& lane, int row, int q, int s, Rounding rounding) {
+__device__ __forceinline__ uint32_t lane_word(const LaneTile& lane, int row, int q, int s,
+                                              Rounding rounding) {
   if constexpr (slices == 0) return row == 0 ? lane.plain[q][s].x : lane.plain[q][s].y;
   return round_word(unpack_word(lane.rows[row], q, s), rounding);
 }

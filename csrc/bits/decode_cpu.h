@@ -139,7 +139,8 @@ TRANCHE_INLINE void decode_tile(const Streams& from, int64_t t, Rounding roundin
 
 template <int slices>
 static void decode_run(const Streams& from, int64_t begin, int64_t end, Rounding rounding, uint8_t* to) {
-  for (int64_t t = begin; t < end; ++t) decode_tile<slices>(from, t, rounding, to + (t - begin) * kTileBytes8);
+  for (int64_t t = begin; t < end; ++t)
+    decode_tile<slices>(from, t, rounding, to + (t - begin) * kTileBytes8);
 }
 
 // Tiles [begin, end) of a row of tiles in the plain layout: decoded to `to`, or where they already are.

@@ -1,13 +1,13 @@
 // Weights packed in guarded planes: one stored integer of 8 bits serves every precision, and a kernel that
 // computes in l bits reads l + 1 of them. docs/bits.md draws the layout and says why l + 1 bits are enough.
 //
-// W is a code in [-128, 127], u = W + 128. The bits of u are cut into five slices [u7u6 | u5 | u4u3 | u2u1 | u0],
-// each one contiguous stream of tiles of 16 rows (outputs) x 32 inputs, [row tile][input tile]; padding is zero
-// bits. Within a tile, with input = 16 q + 4 s + j:
+// W is a code in [-128, 127], u = W + 128. The bits of u are cut into five slices [u7u6 | u5 | u4u3 | u2u1 |
+// u0], each one contiguous stream of tiles of 16 rows (outputs) x 32 inputs, [row tile][input tile]; padding
+// is zero bits. Within a tile, with input = 16 q + 4 s + j:
 //   a slice of two bits has 128 bytes: bits 2s and 2s+1 of byte 64 q + 4 row + j
 //   a slice of one bit has 64 bytes:   bit 2s+q of byte 4 row + j
-// The plain layout, a copy for one precision, has 512 bytes a tile: byte 64 (4q+s) + 4 row + j is the rounded code
-// times 2^(8-l), plus 128.
+// The plain layout, a copy for one precision, has 512 bytes a tile: byte 64 (4q+s) + 4 row + j is the rounded
+// code times 2^(8-l), plus 128.
 #pragma once
 
 #include <cstdint>
@@ -43,8 +43,8 @@ TRANCHE_HD const uint8_t* slice_stream(const PackedWeight& w, int slice, int64_t
   return w.data + before * w.row_tiles * w.input_tiles + bytes * tile;
 }
 
-// Rounding to l bits in place of the top bits of a byte: add half a step, saturate, keep l bits. What results is
-// W_l * 2^(8-l) + 128.
+// Rounding to l bits in place of the top bits of a byte: add half a step, saturate, keep l bits. What results
+// is W_l * 2^(8-l) + 128.
 struct Rounding {
   uint32_t half, keep;  // one byte, four times
 };

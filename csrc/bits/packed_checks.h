@@ -27,8 +27,8 @@ inline PackedWeight packed_weight(const TensorChecks& check, const Tensor& data,
                     kLayoutPlain + 8, " (plain codes)"),
              concat(layout), "Another version packed this weight: unpack it there, and pack its codes here.");
   check.that(!plain || layout == kLayoutPlain + bits,
-             concat("bits == ", layout - kLayoutPlain, ", for which the weight was materialized"), concat(bits),
-             "Keep the packed weight for the other precisions.");
+             concat("bits == ", layout - kLayoutPlain, ", for which the weight was materialized"),
+             concat(bits), "Keep the packed weight for the other precisions.");
   check.dtype("data", data, {ScalarType::Byte});
   check.dim("data", data, 1, "[bytes]");
   check.contiguous("data", data);
@@ -62,11 +62,12 @@ inline int64_t check_scale(const TensorChecks& check, const Tensor& scale, const
   check.equal("scale.size(0)", scale.size(0), "out_features", w.out_features, "Each output has its scale.");
   if (scale.dim() == 1) return 1;
   const int64_t groups = scale.size(1);
-  const bool whole = groups > 0 && w.in_features % groups == 0 &&
-                     (groups == 1 || w.in_features / groups % kTileInputs == 0);
-  check.that(whole, concat("scale.size(1) that cuts ", w.in_features, " inputs into groups of a multiple of ",
-                           kTileInputs),
-             concat(groups), "Quantize with group_size a multiple of 32 that divides in_features.");
+  const bool whole =
+      groups > 0 && w.in_features % groups == 0 && (groups == 1 || w.in_features / groups % kTileInputs == 0);
+  check.that(
+      whole,
+      concat("scale.size(1) that cuts ", w.in_features, " inputs into groups of a multiple of ", kTileInputs),
+      concat(groups), "Quantize with group_size a multiple of 32 that divides in_features.");
   return groups;
 }
 

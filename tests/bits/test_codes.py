@@ -104,7 +104,9 @@ def test_quantize():
 
 
 def test_quantize_refuses():
-    with pytest.raises(ValueError, match=r"tranche\.bits\.quantize: expected a floating-point weight of shape"):
+    with pytest.raises(
+        ValueError, match=r"tranche\.bits\.quantize: expected a floating-point weight of shape"
+    ):
         bits.quantize(torch.ones(3, 3, dtype=torch.int8))
     with pytest.raises(ValueError, match="a multiple of 32 that divides 48, got 32"):
         bits.quantize(torch.ones(3, 48), group_size=32)

@@ -215,9 +215,9 @@ def test_bad_input(backend):
         with pytest.raises(ValueError, match="expected bits in"):
             bits.round_bits(random_codes(2, 2, backend.device), wrong)
     other_version = bits.PackedWeight(packed.data, 18, 64, layout=2)
-    with pytest.raises(ValueError, match="expected layout 1 .*, got 2. Another version packed this weight"):
+    with pytest.raises(ValueError, match=r"expected layout 1 .*, got 2\. Another version packed this weight"):
         bits.linear(x, other_version, scale, 4)
-    with pytest.raises(ValueError, match="expected bits == 4, for which the weight was materialized, got 8"):
+    with pytest.raises(ValueError, match=r"expected bits == 4, for which the weight was materialized, got 8"):
         bits.linear(x, bits.materialize(packed, 4), scale, 8)
     unpacked = bits.PackedWeight(random_codes(18, 64, backend.device), 18, 64)
     with pytest.raises(ValueError, match="expected data of dtype Byte, got Char"):
@@ -238,9 +238,9 @@ def test_bad_input(backend):
         bits.linear(x, packed, scale[:, None].repeat(1, 4), 4)
     with pytest.raises(ValueError, match=r"expected bias of shape \[O\] = \[18\], got \[17\]"):
         bits.linear(x, packed, scale, 4, scale[:17])
-    with pytest.raises(ValueError, match="tranche.bits_int_linear: expected x of dtype Char, got Float"):
+    with pytest.raises(ValueError, match=r"tranche\.bits_int_linear: expected x of dtype Char, got Float"):
         bits.int_linear(x, packed, 4)
-    with pytest.raises(ValueError, match="tranche.bits_pack: expected codes of dtype Char, got Float"):
+    with pytest.raises(ValueError, match=r"tranche\.bits_pack: expected codes of dtype Char, got Float"):
         bits.pack(x)
     wide = bits.pack(torch.zeros(1, 131072, dtype=torch.int8, device=backend.device))
     with pytest.raises(ValueError, match="expected at most 131071 inputs to sum in 32 bits, got 131072"):
