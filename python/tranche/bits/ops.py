@@ -181,7 +181,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, data, scale, bias, settings = inputs
+        _, data, scale, bias, settings = inputs
         ctx.save_for_backward(data, scale)
         ctx.settings = settings[:4]
         ctx.has_bias = bias is not None
