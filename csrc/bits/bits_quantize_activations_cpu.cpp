@@ -49,7 +49,6 @@ TRANCHE_INLINE int32_t quantize_block(const float* x, float inverse, int n, int8
   return sum;
 }
 
-// One row: its codes go block by block through `place`, which puts n codes at an input.
 template <class T>
 TRANCHE_INLINE void quantize_row(const BitsQuantizeActivationsParams& p, int64_t row) {
   const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
@@ -93,7 +92,12 @@ TRANCHE_INLINE void copy_row(const BitsQuantizeActivationsParams& p, int64_t row
 }
 
 TRANCHE_INLINE void pad_row(const BitsQuantizeActivationsParams& p, int64_t row) {
-  for (int64_t i = row < p.rows ? p.inputs : 0; i < p.padded_inputs; ++i) p.codes[code_offset(p, row, i)] = 0;
+  for (int64_t i = row < p.rows ? p.inputs : 0; i < p.padded_inputs;) {
+    const int64_t to_edge = kBlock - i % kBlock, to_end = p.padded_inputs - i;
+    const int64_t n = to_edge < to_end ? to_edge : to_end;
+    __builtin_memset(p.codes + code_offset(p, row, i), 0, size_t(n));
+    i += n;
+  }
 }
 
 void one_row(const BitsQuantizeActivationsParams& p, int64_t row) {
