@@ -28,7 +28,7 @@ TRANCHE_INLINE int pass_rows(int64_t rows) {
 // The workspace: activations ready for the kernel, then their scales, then their sums.
 struct Workspace {
   int64_t padded_rows, padded_inputs;
-  int64_t x, scale, row_sum, bytes;  // where each starts, and where all end
+  int64_t scale, row_sum, bytes;  // x is at 0; where the others start, and where all end
 };
 
 TRANCHE_INLINE Workspace workspace_of(const BitsLinearParams& p, bool tiles) {
