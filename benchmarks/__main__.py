@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks import harness
 
-FAMILIES = ("tree", "moe")
+FAMILIES = ("tree", "moe", "bits")
 
 
 def percent(text: str) -> float:

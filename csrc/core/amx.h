@@ -18,6 +18,9 @@
 // c[m][n] += sum over the 16 pairs k of a[m][2k] b[k][2n] + a[m][2k+1] b[k][2n+1]. In hardware the even and
 // the odd products are each one sequential chain of FMAs that starts at 0; c gets the sum of the two chains.
 #define TRANCHE_TILE_DOT_BF16(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c::)
+// c[m][n] += sum over the 16 groups of four k of a[m][4k+j] b[k][4n+j], a signed and b unsigned bytes, mod
+// 2^32.
+#define TRANCHE_TILE_DOT_S8U8(c, a, b) asm volatile("tdpbsud %%tmm" #b ", %%tmm" #a ", %%tmm" #c::)
 
 namespace tranche::cpu::TRANCHE_ISA {
 

@@ -1,11 +1,12 @@
 """Kernels over PyTorch that compute only the part of a network that matters.
 
-The families are packages of this one: `tranche.tree` (draft trees for speculative decoding) and `tranche.moe`
-(mixtures of experts for few tokens). Each offers typed functions and modules; the raw ops behind them are
-`torch.ops.tranche.<family>_<op>`.
+The families are packages of this one: `tranche.tree` (draft trees for speculative decoding), `tranche.moe` (mixtures of
+experts for few tokens), `tranche.bits` (one stored weight for every precision) and `tranche.pconv` (partial
+convolution). Each offers typed functions and modules; the raw ops behind them are `torch.ops.tranche.<family>_<op>`.
 """
 
 from tranche import _library
+from tranche import bits as bits
 from tranche import limits as limits
 from tranche import moe as moe
 from tranche import tree as tree

@@ -1,0 +1,136 @@
+"""Rows of the family `bits`: linear layers of Llama 3 at every precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness import Row, Workload
+from tranche import bits
+from tranche.bits import PackedWeight, reference
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer of one model."""
+
+    name: str
+    outputs: int
+    inputs: int
+
+
+QKV_8B = Layer("llama-3-8b.o", 4096, 4096)
+DOWN_7B = Layer("llama-2-7b.up", 11008, 4096)
+DOWN_8B = Layer("llama-3-8b.down", 4096, 14336)
+O_70B = Layer("llama-3-70b.o", 8192, 8192)
+
+
+class Linear:
+    """One layer over rotating copies of its weight, and the same in torch's words."""
+
+    def __init__(
+        self, layer: Layer, rows: int, width: int, activation_bits: int | None, device: str, buffers: int
+    ):
+        self.width, self.activation_bits = width, activation_bits
+        codes = torch.randint(-128, 128, (layer.outputs, layer.inputs), dtype=torch.int8, device=device)
+        self.scale = torch.rand(layer.outputs, device=device) * 1e-3
+        first = bits.pack(codes)
+        # half precision halves the copies that fit: fewer buffers rotate as many bytes
+        few = max(2, -(-buffers * width // 16))
+        self.packed = [PackedWeight(first.data.clone(), layer.outputs, layer.inputs) for _ in range(buffers)]
+        weight = bits.dequantize(first, self.scale, width, torch.bfloat16)
+        self.bf16 = [weight.clone() for _ in range(few)]
+        self.fp32 = [weight.float() for _ in range(max(2, few // 2))]
+        self.codes = [codes.clone() for _ in range(few)]
+        self.x = torch.randn(rows, layer.inputs, device=device).bfloat16()
+        self.x32 = self.x.float()
+        self.x_codes, self.x_scale, _ = bits.quantize_activations(self.x)
+
+    def ours(self, i: int) -> Tensor:
+        return bits.linear(
+            self.x, self.packed[i], self.scale, self.width, activation_bits=self.activation_bits
+        )
+
+    def bf16_linear(self, i: int) -> Tensor:
+        return F.linear(self.x, self.bf16[i % len(self.bf16)])
+
+    def fp32_linear(self, i: int) -> Tensor:
+        return F.linear(self.x32, self.fp32[i % len(self.fp32)])
+
+    def int_mm(self, i: int) -> Tensor:
+        return torch._int_mm(self.x_codes, self.codes[i % len(self.codes)].T)
+
+    def int8pack_mm(self, i: int) -> Tensor:
+        return torch._weight_int8pack_mm(self.x, self.codes[i % len(self.codes)], self.scale.bfloat16())
+
+    def workload(self) -> Workload:
+        weight = reference.dequantize(self.packed[0], self.scale, self.width, torch.float32)
+        expected = self.x32 @ weight.T
+        size = float(expected.abs().max())
+        baselines = {"bf16": self.bf16_linear, "fp32": self.fp32_linear}
+        layouts = {}
+        if self.width == 8 and (self.x.size(0) > 16 or not self.x.is_cuda):
+            baselines["int-mm"] = self.int_mm
+            layouts["int-mm"] = lambda sums: sums * self.x_scale * self.scale
+        if self.width == 8 and not self.x.is_cuda and self.x.size(0) <= 64:
+            baselines["int8pack-mm"] = self.int8pack_mm
+        return Workload(
+            ours=self.ours,
+            baselines=baselines,
+            error=lambda out: float((out.float() - expected).abs().max()) / size,
+            tolerance=2e-2,  # of the largest output: the rounding of the activations to 8 bits
+            layouts=layouts,
+        )
+
+
+def linear_row(
+    layer: Layer,
+    rows: int,
+    width: int,
+    device: str,
+    *,
+    activation_bits: int | None = 8,
+    bars: dict[str, float] | None = None,
+    quick: bool = False,
+) -> Row:
+    """One layer at one precision."""
+    whole = 512 * -(-layer.outputs // 16) * -(-layer.inputs // 32)
+    packed = PackedWeight(torch.empty(whole, dtype=torch.uint8, device="meta"), layer.outputs, layer.inputs)
+    return Row(
+        op="bits_linear",
+        shape=f"{layer.name} M{rows} {width}bit" + ("" if activation_bits else " weight-only"),
+        dtype="bf16",
+        bytes_read=packed.bytes_read(width) + 2 * rows * layer.inputs,
+        operations=2 * rows * layer.outputs * layer.inputs,
+        math="int8" if activation_bits else "fp32",
+        build=lambda buffers: Linear(
+            layer, rows, width, activation_bits, device, min(buffers, 96)
+        ).workload(),
+        bars=bars if bars and device == "cpu" else {},
+        quick=quick,
+    )
+
+
+def rows(device: str) -> list[Row]:
+    """All rows for a device."""
+    table = []
+    for layer in (QKV_8B, DOWN_7B):
+        for width, bar in ((8, 3.3), (6, None), (4, 5.0), (2, 7.5)):
+            quick = layer is QKV_8B and width != 6
+            bars = {"bf16": bar} if bar else {}
+            table.append(linear_row(layer, 1, width, device, bars=bars, quick=quick))
+    for width in (8, 4, 2):
+        table.append(linear_row(QKV_8B, 1, width, device, activation_bits=None))
+    for layer in (DOWN_8B, O_70B):
+        table += [linear_row(layer, 1, width, device) for width in (8, 2)]
+    table.append(
+        linear_row(QKV_8B, 8, 8, device, bars={"bf16": 1.8, "int-mm": 1.0, "int8pack-mm": 1.0}, quick=True)
+    )
+    table.append(linear_row(QKV_8B, 64, 8, device, bars={"bf16": 1.2, "int-mm": 1.0, "int8pack-mm": 1.0}))
+    for width in (8, 4, 2):
+        table.append(linear_row(QKV_8B, 512, width, device, bars={"int-mm": 0.9} if width == 8 else {}))
+    table += [linear_row(QKV_8B, 4096, width, device) for width in (8, 4)]
+    return table

@@ -1,0 +1,138 @@
+// What the CPU kernels of bits_linear share: the workspace, the share of a thread, and how sums become
+// outputs.
+#pragma once
+
+#include <cstdlib>
+
+#include "bits/bits_linear.h"
+#include "bits/decode_cpu.h"
+#include "core/parallel.h"
+
+namespace tranche::cpu::TRANCHE_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kMostRows = 8;  // rows of x whose sums stay in registers
+#else
+constexpr int kMostRows = 4;
+#endif
+
+TRANCHE_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// Rows of x that one pass over the weights takes, of which some may be padding: 1, 2, 4 or 8.
+TRANCHE_INLINE int pass_rows(int64_t rows) {
+  int pass = 1;
+  while (pass < rows && pass < kMostRows) pass *= 2;
+  return pass;
+}
+
+// The workspace: activations ready for the kernel, then their scales, then their sums.
+struct Workspace {
+  int64_t padded_rows, padded_inputs;
+  int64_t scale, row_sum, bytes;  // x is at 0; where the others start, and where all end
+};
+
+TRANCHE_INLINE Workspace workspace_of(const BitsLinearParams& p, bool tiles) {
+  Workspace s{};
+  s.padded_inputs = round_up(p.w.in_features, tiles ? 64 : kTileInputs);
+  s.padded_rows = round_up(p.rows, tiles ? 16 : pass_rows(p.rows));
+  const int64_t element = p.kind == LinearKind::weight_only ? 4 : 1;
+  s.scale = round_up(element * s.padded_rows * s.padded_inputs, 64);
+  s.row_sum = s.scale + round_up(4 * p.rows, 64);
+  s.bytes = s.row_sum + round_up(4 * p.rows * p.groups, 64);
+  return s;
+}
+
+// Activations as codes, in rows or in tiles.
+struct Codes {
+  const int8_t* codes;
+  const float* scale;
+  const int32_t* row_sum;
+  int64_t padded_rows, padded_inputs;
+};
+
+// Tiles that are decoded at a time, so that they are still in the first cache when they are used.
+constexpr int64_t kRunTiles = 8;
+static_assert(kRunTiles * kTileInputs == kFloatBlock, "weight-only adds up runs");
+
+// A thread's consecutive share of the rows of tiles, and memory of its own.
+template <class F>
+TRANCHE_INLINE void share_row_tiles(const BitsLinearParams& p, int64_t step, int64_t scratch_bytes,
+                                    const F& f) {
+  const int64_t steps = (p.w.row_tiles + step - 1) / step;
+  const bool worth_threads = p.w.out_features * p.w.in_features >= 65536;
+  const int64_t threads = worth_threads ? num_threads() : 1, parts = threads < steps ? threads : steps;
+  const auto part = [&](int64_t i) {
+    void* scratch = scratch_bytes > 0 ? aligned_alloc(64, size_t(round_up(scratch_bytes, 64))) : nullptr;
+    const int64_t end = step * (steps * (i + 1) / parts);
+    f(step * (steps * i / parts), end < p.w.row_tiles ? end : p.w.row_tiles, static_cast<uint8_t*>(scratch));
+    free(scratch);
+  };
+  if (parts == 1) {
+    part(0);
+  } else {
+    parallel_for(parts, part);
+  }
+}
+
+// The 16 outputs of a row of tiles: their scales of one group, and zeros past the last.
+static void load_scales(const BitsLinearParams& p, int64_t row_tile, int64_t group, float (&to)[16]) {
+  const float* scale = p.scale + row_tile * kTileRows * p.groups + group;
+  const int64_t left = p.w.out_features - row_tile * kTileRows;
+  for (int r = 0; r < kTileRows; ++r) to[r] = r < left ? scale[r * p.groups] : 0.0f;
+}
+
+static void load_bias(const BitsLinearParams& p, int64_t row_tile, float (&to)[16]) {
+  const int64_t left = p.w.out_features - row_tile * kTileRows;
+  for (int r = 0; r < kTileRows; ++r) to[r] = p.bias && r < left ? p.bias[row_tile * kTileRows + r] : 0.0f;
+}
+
+template <class T>
+TRANCHE_INLINE void store_outputs(T* out, const float (&y)[16], int64_t n) {
+#if defined(__AVX512F__)
+  store16(out, vload(y), int(n));
+#else
+  for (int64_t r = 0; r < n; ++r) out[r] = from_float<T>(y[r]);
+#endif
+}
+
+// y of 16 outputs of one row of x to its place.
+static void store_row(const BitsLinearParams& p, int64_t row, int64_t row_tile, const float (&y)[16]) {
+  const int64_t at = row * p.w.out_features + row_tile * kTileRows;
+  const int64_t left = p.w.out_features - row_tile * kTileRows, n = left < kTileRows ? left : kTileRows;
+  if (p.type == DType::f32) {
+    store_outputs(static_cast<float*>(p.out) + at, y, n);
+  } else if (p.type == DType::f16) {
+    store_outputs(static_cast<half*>(p.out) + at, y, n);
+  } else {
+    store_outputs(static_cast<bf16*>(p.out) + at, y, n);
+  }
+}
+
+// Sums of one row of x over one group, as 16 integers, each 128 row_sum too large.
+static void add_group(const int32_t* sums, int32_t row_sum, const float (&scale)[16], float (&total)[16]) {
+  for (int r = 0; r < kTileRows; ++r) {
+    const int32_t sum = int32_t(uint32_t(sums[r]) - 128u * uint32_t(row_sum));
+    total[r] = total[r] + float(sum) * scale[r];
+  }
+}
+
+static void finish_row(const BitsLinearParams& p, int64_t row, int64_t row_tile, float x_scale,
+                       const float (&bias)[16], const float (&total)[16]) {
+  float y[16];
+  for (int r = 0; r < kTileRows; ++r) {
+    y[r] = total[r] * x_scale;
+    if (p.bias) y[r] = y[r] + bias[r];
+  }
+  store_row(p, row, row_tile, y);
+}
+
+static void store_integers(const BitsLinearParams& p, int64_t row, int64_t row_tile, const int32_t* sums,
+                           int32_t row_sum) {
+  int32_t* out = static_cast<int32_t*>(p.out) + row * p.w.out_features + row_tile * kTileRows;
+  const int64_t left = p.w.out_features - row_tile * kTileRows, n = left < kTileRows ? left : kTileRows;
+  for (int64_t r = 0; r < n; ++r) {
+    out[r] = int32_t(uint32_t(sums[r]) - 128u * uint32_t(row_sum)) >> (8 - p.w.bits);
+  }
+}
+
+}  // namespace tranche::cpu::TRANCHE_ISA

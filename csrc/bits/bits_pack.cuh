@@ -1,0 +1,16 @@
+// One row of one tile a thread, strided over the grid.
+#pragma once
+
+#include "bits/bits_pack.h"
+#include "core/launch.cuh"
+
+namespace tranche {
+
+__global__ void __launch_bounds__(256) bits_pack_kernel(BitsPackParams p) {
+  const int64_t rows = p.row_tiles * p.input_tiles * kTileRows, step = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < rows; i += step) {
+    pack_tile_row(p, i / kTileRows, int(i % kTileRows));
+  }
+}
+
+}  // namespace tranche

@@ -1,0 +1,170 @@
+// Packed weights in vector registers: a unit is 16 rows of 4 inputs, 64 bytes, in as few vectors as the
+// instruction set takes for it. A decoded byte is W_l * 2^(8-l) + 128 for every l, so that nothing downstream
+// depends on the precision.
+#pragma once
+
+#include "bits/packed.h"
+#include "core/simd.h"
+
+namespace tranche::cpu::TRANCHE_ISA {
+
+#if defined(__AVX512F__)
+using Bytes = __m512i;
+TRANCHE_INLINE Bytes bload(const void* p) { return _mm512_loadu_si512(p); }
+TRANCHE_INLINE void bstore(void* p, Bytes x) { _mm512_storeu_si512(p, x); }
+TRANCHE_INLINE Bytes bset(uint32_t word) { return _mm512_set1_epi32(int(word)); }
+TRANCHE_INLINE Bytes band(Bytes x, Bytes y) { return _mm512_and_si512(x, y); }
+TRANCHE_INLINE Bytes badd(Bytes x, Bytes y) { return _mm512_add_epi32(x, y); }
+TRANCHE_INLINE Bytes badd_saturated(Bytes x, Bytes y) { return _mm512_adds_epu8(x, y); }
+TRANCHE_INLINE Bytes bleft(Bytes x, int n) { return _mm512_slli_epi32(x, unsigned(n)); }
+TRANCHE_INLINE Bytes bright(Bytes x, int n) { return _mm512_srli_epi32(x, unsigned(n)); }
+TRANCHE_INLINE Bytes bselect(Bytes mask, Bytes yes, Bytes no) {
+  return _mm512_ternarylogic_epi32(mask, yes, no, 0xca);
+}
+// x & ~(y & z)
+TRANCHE_INLINE Bytes band_nand(Bytes x, Bytes y, Bytes z) { return _mm512_ternarylogic_epi32(x, y, z, 0x70); }
+// Lanes of 32 bits: sums of four products of bytes of w, unsigned, and of x, signed.
+TRANCHE_INLINE Bytes bdot(Bytes sum, Bytes w, const int8_t* x) {
+  int32_t four;
+  __builtin_memcpy(&four, x, 4);
+  return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(four));
+}
+TRANCHE_INLINE Vec bfloat(Bytes lanes) { return _mm512_castsi512_ps(lanes); }
+#elif defined(__AVX2__)
+using Bytes = __m256i;
+TRANCHE_INLINE Bytes bload(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+TRANCHE_INLINE void bstore(void* p, Bytes x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+TRANCHE_INLINE Bytes bset(uint32_t word) { return _mm256_set1_epi32(int(word)); }
+TRANCHE_INLINE Bytes band(Bytes x, Bytes y) { return _mm256_and_si256(x, y); }
+TRANCHE_INLINE Bytes badd(Bytes x, Bytes y) { return _mm256_add_epi32(x, y); }
+TRANCHE_INLINE Bytes badd_saturated(Bytes x, Bytes y) { return _mm256_adds_epu8(x, y); }
+TRANCHE_INLINE Bytes bleft(Bytes x, int n) { return _mm256_slli_epi32(x, n); }
+TRANCHE_INLINE Bytes bright(Bytes x, int n) { return _mm256_srli_epi32(x, n); }
+TRANCHE_INLINE Bytes bselect(Bytes mask, Bytes yes, Bytes no) {
+  return _mm256_or_si256(_mm256_and_si256(mask, yes), _mm256_andnot_si256(mask, no));
+}
+TRANCHE_INLINE Bytes band_nand(Bytes x, Bytes y, Bytes z) {
+  return _mm256_andnot_si256(_mm256_and_si256(y, z), x);
+}
+// Even and odd bytes as 16 bits: the instruction for pairs of bytes would saturate.
+TRANCHE_INLINE Bytes bdot(Bytes sum, Bytes w, const int8_t* x) {
+  int32_t four;
+  __builtin_memcpy(&four, x, 4);
+  const __m256i xs = _mm256_set1_epi32(four);
+  const __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(xs, 8), 8), x_odd = _mm256_srai_epi16(xs, 8);
+  const __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(0xff)), odd = _mm256_srli_epi16(w, 8);
+  const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(even, x_even), _mm256_madd_epi16(odd, x_odd));
+  return _mm256_add_epi32(sum, both);
+}
+TRANCHE_INLINE Vec bfloat(Bytes lanes) { return _mm256_castsi256_ps(lanes); }
+#else
+typedef uint32_t Bytes __attribute__((vector_size(16)));
+typedef uint8_t Bytes8 __attribute__((vector_size(16)));
+TRANCHE_INLINE Bytes bload(const void* p) {
+  Bytes x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+TRANCHE_INLINE void bstore(void* p, Bytes x) { __builtin_memcpy(p, &x, sizeof x); }
+TRANCHE_INLINE Bytes bset(uint32_t word) { return Bytes{word, word, word, word}; }
+TRANCHE_INLINE Bytes band(Bytes x, Bytes y) { return x & y; }
+TRANCHE_INLINE Bytes badd(Bytes x, Bytes y) { return x + y; }
+TRANCHE_INLINE Bytes badd_saturated(Bytes x, Bytes y) {
+  const Bytes8 sum = Bytes8(x) + Bytes8(y);
+  return Bytes(sum | Bytes8(sum < Bytes8(x)));
+}
+TRANCHE_INLINE Bytes bleft(Bytes x, int n) { return x << uint32_t(n); }
+TRANCHE_INLINE Bytes bright(Bytes x, int n) { return x >> uint32_t(n); }
+TRANCHE_INLINE Bytes bselect(Bytes mask, Bytes yes, Bytes no) { return (mask & yes) | (~mask & no); }
+TRANCHE_INLINE Bytes band_nand(Bytes x, Bytes y, Bytes z) { return x & ~(y & z); }
+TRANCHE_INLINE Bytes bdot(Bytes sum, Bytes w, const int8_t* x) {
+  for (int j = 0; j < 4; ++j) {
+    sum += (w >> uint32_t(8 * j) & bset(0xff)) * bset(uint32_t(int32_t(x[j])));
+  }
+  return sum;
+}
+TRANCHE_INLINE Vec bfloat(Bytes lanes) { return Vec(lanes); }
+#endif
+
+constexpr int kParts = 64 / int(sizeof(Bytes));  // vectors a unit
+constexpr int kUnits = 8;                        // units a tile
+
+static_assert(sizeof(Vec) == sizeof(Bytes), "a vector of floats holds the rows of a vector of bytes");
+
+TRANCHE_INLINE Bytes bmove(Bytes x, int left) { return left >= 0 ? bleft(x, left) : bright(x, -left); }
+
+// Where a row of tiles starts in each stream.
+struct Streams {
+  const uint8_t* two[3];  // slices 0, 2, 3
+  const uint8_t* one[2];  // slices 1, 4
+};
+
+// Tile t of a row of tiles to 512 bytes of the plain layout. slices is 2 to 5.
+template <int slices>
+TRANCHE_INLINE void decode_tile(const Streams& from, int64_t t, Rounding rounding, uint8_t* to) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kParts; ++i) {
+    const int64_t at = int(sizeof(Bytes)) * i;
+    const Bytes bit5 = bload(from.one[0] + t * 64 + at);
+    Bytes bit0 = bit5;
+    if constexpr (slices >= 5) bit0 = bload(from.one[1] + t * 64 + at);
+#pragma GCC unroll 2
+    for (int q = 0; q < 2; ++q) {
+      uint8_t* units = to + 256 * q + at;
+      const Bytes bits76 = bload(from.two[0] + t * 128 + 64 * q + at);
+      if constexpr (slices == 2) {
+        // Four fields of two bits a byte: add the guard bit to those that are not 3, all at once.
+        const Bytes guard = band(q ? bright(bit5, 1) : bit5, bset(0x55555555u));
+        const Bytes rounded = badd(bits76, band_nand(guard, bits76, bright(bits76, 1)));
+#pragma GCC unroll 4
+        for (int s = 0; s < 4; ++s) {
+          bstore(units + 64 * s, band(bleft(rounded, 6 - 2 * s), bset(0xc0c0c0c0u)));
+        }
+      } else {
+        const Bytes bits43 = bload(from.two[1] + t * 128 + 64 * q + at);
+        Bytes bits21 = bits76;
+        if constexpr (slices >= 4) bits21 = bload(from.two[2] + t * 128 + 64 * q + at);
+#pragma GCC unroll 4
+        for (int s = 0; s < 4; ++s) {
+          Bytes x = bselect(bset(0xc0c0c0c0u), bleft(bits76, 6 - 2 * s), bmove(bit5, 5 - 2 * s - q));
+          x = bselect(bset(0xe0e0e0e0u), x, bmove(bits43, 3 - 2 * s));
+          if constexpr (slices >= 4) x = bselect(bset(0xf8f8f8f8u), x, bmove(bits21, 1 - 2 * s));
+          if constexpr (slices >= 5) x = bselect(bset(0xfefefefeu), x, bright(bit0, 2 * s + q));
+          bstore(units + 64 * s, band(badd_saturated(x, bset(rounding.half)), bset(rounding.keep)));
+        }
+      }
+    }
+  }
+}
+
+template <int slices>
+static void decode_run(const Streams& from, int64_t begin, int64_t end, Rounding rounding, uint8_t* to) {
+  for (int64_t t = begin; t < end; ++t)
+    decode_tile<slices>(from, t, rounding, to + (t - begin) * kTileBytes8);
+}
+
+// Tiles [begin, end) of a row of tiles in the plain layout: decoded to `to`, or where they already are.
+static const uint8_t* decode_tiles(const PackedWeight& w, int64_t row_tile, int64_t begin, int64_t end,
+                                   uint8_t* to) {
+  const Rounding rounding = rounding_of_bits(w.bits);
+  const int64_t tile = row_tile * w.input_tiles;
+  if (w.slices == 0) return w.data + (tile + begin) * kTileBytes8;
+  const Streams from = {{slice_stream(w, 0, tile), slice_stream(w, 2, tile), slice_stream(w, 3, tile)},
+                        {slice_stream(w, 1, tile), slice_stream(w, 4, tile)}};
+  switch (w.slices) {
+    case 2:
+      decode_run<2>(from, begin, end, rounding, to);
+      break;
+    case 3:
+      decode_run<3>(from, begin, end, rounding, to);
+      break;
+    case 4:
+      decode_run<4>(from, begin, end, rounding, to);
+      break;
+    default:
+      decode_run<5>(from, begin, end, rounding, to);
+  }
+  return to;
+}
+
+}  // namespace tranche::cpu::TRANCHE_ISA

@@ -1,0 +1,45 @@
+"""`PackedWeight`: one stored integer weight that serves every precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+STORED_BITS = 8
+BITS = range(2, STORED_BITS + 1)
+TILE_ROWS, TILE_INPUTS = 16, 32
+# Numbers of layouts, as csrc/bits/packed.h has them. A change of the layout takes a new number.
+GUARDED_PLANES = 1
+PLAIN = 16  # plus the bits
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Codes of 8 bits [out_features, in_features] in a kernel's order; docs/bits.md draws it.
+
+    Attributes:
+        data: uint8, 512 bytes for each tile of 16 outputs x 32 inputs.
+        out_features: rows of the codes.
+        in_features: columns of the codes.
+        layout: which layout `data` has: GUARDED_PLANES, of which l bits read only what they need, or PLAIN + l,
+            a copy for l bits alone that `materialize` made.
+    """
+
+    data: Tensor
+    out_features: int
+    in_features: int
+    layout: int = GUARDED_PLANES
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same weight on another device."""
+        return replace(self, data=self.data.to(device))
+
+    def bytes_read(self, bits: int) -> int:
+        """Bytes of `data` that a product at this precision reads."""
+        eighths = 8 if self.layout != GUARDED_PLANES or bits >= 7 else {2: 3, 3: 5, 4: 5, 5: 7, 6: 7}[bits]
+        return self.data.numel() * eighths // 8
+
+
+torch.export.register_dataclass(PackedWeight, serialized_type_name="tranche.bits.PackedWeight")
