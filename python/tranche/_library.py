@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,3 +65,51 @@ def register_fake(op: str) -> Callable[[_F], _F]:
         return function
 
     return register
+
+
+_autograd_kernels: list[torch.library.Library] = []
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def register_inplace(op: str) -> None:
+    """Make the in-place `op` safe beside autograd, in every namespace.
+
+    Ops registered through the stable ABI neither raise their outputs' version nor refuse autograd, so a backward pass
+    through what they overwrote would be silently wrong. Below autograd the op now counts as an in-place change of the
+    tensors that its schema marks as written; above it, a tensor that requires grad is refused.
+    """
+    for namespace in NAMESPACES:
+        overload = getattr(getattr(torch.ops, namespace), op).default
+        arguments = overload._schema.arguments
+        written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+        _register_inplace(namespace, op, overload, [argument.name for argument in arguments], written)
+
+
+def _register_inplace(namespace: str, op: str, overload: Any, names: list[str], written: list[int]) -> None:
+    def inplace(keyset: Any, *args: Any, **kwargs: Any) -> None:
+        overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+        values = [args[i] if i < len(args) else kwargs.get(names[i]) for i in written]
+        # tensors of inference mode have no version to raise
+        torch.autograd.graph.increment_version([t for t in _tensors(values) if not t.is_inference()])
+
+    def autograd(keyset: Any, *args: Any, **kwargs: Any) -> None:
+        if torch.is_grad_enabled():
+            for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+                if any(t.requires_grad for t in _tensors([value])):
+                    raise RuntimeError(
+                        f"tranche.{op}: expected tensors that do not require grad, got {name} that does. The op "
+                        "writes in place and has no backward; call it under torch.no_grad(), or detach."
+                    )
+        overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    library = torch.library.Library(namespace, "IMPL")
+    library.impl(op, inplace, "ADInplaceOrView", with_keyset=True)
+    library.impl(op, autograd, "Autograd", with_keyset=True)
+    _autograd_kernels.append(library)  # a library that is collected takes its kernels with it
