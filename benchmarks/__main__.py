@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks import harness
 
-FAMILIES = ("tree",)
+FAMILIES = ("tree", "pconv")
 
 
 def percent(text: str) -> float:
