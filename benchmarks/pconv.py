@@ -18,7 +18,9 @@ BARRED = ((8, 64, 56), (8, 128, 28), (8, 512, 7), (1, 64, 56))
 class Convolution:
     """A 3x3 convolution of a quarter of the channels, and the same in torch's words, over rotating inputs."""
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, layout: str, device: str, buffers: int):
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, layout: str, device: str, buffers: int
+    ):
         batch, channels, side = shape
         self.width = channels // 4
         x = torch.randn(batch, channels, side, side, dtype=dtype, device=device)
@@ -64,7 +66,9 @@ class Convolution:
         return float((x.double() - want).abs().max())
 
 
-def row(op: str, name: str, shape: tuple[int, int, int], dtype: str, layout: str, device: str, barred: bool) -> Row:
+def row(
+    op: str, name: str, shape: tuple[int, int, int], dtype: str, layout: str, device: str, barred: bool
+) -> Row:
     batch, channels, side = shape
     pixels, width, size = batch * side * side, channels // 4, DTYPES[dtype].itemsize
     in_place = op == "pconv_conv2d_"

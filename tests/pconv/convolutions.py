@@ -81,7 +81,10 @@ def assert_correct(case: Case, got: Tensor, name: str) -> None:
     # the reference is fp64 itself, and no nearer to the truth than an fp64 kernel; and plain torch may sum a short
     # row with less error than any fixed order has
     roundings = 32 if got.dtype == torch.float64 else 4 if got.dtype == torch.float32 else 1
-    assert error <= 2 * yardstick + roundings * torch.finfo(got.dtype).eps * want.abs().max(), (error, yardstick)
+    assert error <= 2 * yardstick + roundings * torch.finfo(got.dtype).eps * want.abs().max(), (
+        error,
+        yardstick,
+    )
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -26,7 +26,9 @@ class SplitCat(nn.Module):
 def test_published_keys_and_attributes(backend):
     module = PartialConv(40).to(backend.device)
     assert (module.dim_conv3, module.dim_untouched) == (10, 30)
-    assert {k: tuple(v.shape) for k, v in module.state_dict().items()} == {"partial_conv3.weight": (10, 10, 3, 3)}
+    assert {k: tuple(v.shape) for k, v in module.state_dict().items()} == {
+        "partial_conv3.weight": (10, 10, 3, 3)
+    }
     theirs = SplitCat(40).to(backend.device)
     module.load_state_dict(theirs.state_dict(), strict=True)
     x = torch.randn(2, 40, 6, 5, device=backend.device)
@@ -34,7 +36,9 @@ def test_published_keys_and_attributes(backend):
 
 
 def test_replacing(backend):
-    model = nn.Sequential(nn.Conv2d(3, 16, 1), SplitCat(16), nn.ModuleList([SplitCat(16, 2)])[0]).to(backend.device)
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), SplitCat(16), nn.ModuleList([SplitCat(16, 2)])[0]).to(
+        backend.device
+    )
     x = torch.randn(2, 3, 6, 5, device=backend.device)
     want, parameters, keys = model(x), list(model.parameters()), list(model.state_dict())
     want.square().sum().backward()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.pconv.convolutions import Case, assert_correct, make_case, same_bits
 
+from tests.pconv.convolutions import Case, assert_correct, make_case, same_bits
 from tranche.pconv import conv2d_slice, partial_conv2d, partial_conv2d_, reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,7 +85,12 @@ def test_integers_are_exact(backend):
 
 def test_strided_views(backend):
     whole = make_case(shape=(2, 24, 9, 14), device=backend.device)
-    for view in (whole.x[:, :, :, ::2], whole.x.transpose(2, 3), whole.x[:, ::2], whole.x[:1].expand(3, -1, -1, -1)):
+    for view in (
+        whole.x[:, :, :, ::2],
+        whole.x.transpose(2, 3),
+        whole.x[:, ::2],
+        whole.x[:1].expand(3, -1, -1, -1),
+    ):
         case = Case(view, whole.weight, None, {"padding": 1, "start": 2})
         assert_correct(case, case.run(partial_conv2d), "partial_conv2d")
         assert_correct(case, case.run(conv2d_slice), "conv2d_slice")
@@ -132,7 +137,9 @@ def test_non_finite_values_stay_in_reach(backend):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_rows_do_not_depend_on_neighbours(backend, dtype):
-    case = make_case(shape=backend.pick((5, 24, 33, 20), (3, 24, 9, 7)), width=12, dtype=dtype, device=backend.device)
+    case = make_case(
+        shape=backend.pick((5, 24, 33, 20), (3, 24, 9, 7)), width=12, dtype=dtype, device=backend.device
+    )
     y = case.run(partial_conv2d)
     # one image alone, the other layout, another place among the channels, and a crop with its halo
     assert same_bits(partial_conv2d(case.x[2:3], case.weight, padding=1), y[2:3])
@@ -174,7 +181,10 @@ def test_start_and_width_are_run_time_values(backend):
 
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda x, w, start: partial_conv2d(x, w, padding=1, start=start), backend=count, fullgraph=True, dynamic=True
+        lambda x, w, start: partial_conv2d(x, w, padding=1, start=start),
+        backend=count,
+        fullgraph=True,
+        dynamic=True,
     )
     for start in range(2, 7):
         weight = torch.randn(4 + start, 4 + start, 3, 3, device=backend.device)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.pconv.convolutions import make_case, same_bits
 
+from tests.pconv.convolutions import make_case, same_bits
 from tranche.pconv import conv2d_slice, partial_conv2d, partial_conv2d_, reference
 
 GEOMETRIES = [
@@ -19,7 +19,9 @@ GEOMETRIES = [
 
 
 def leaves(case):
-    return tuple(t.detach().clone().requires_grad_() for t in (case.x, case.weight, case.bias) if t is not None)
+    return tuple(
+        t.detach().clone().requires_grad_() for t in (case.x, case.weight, case.bias) if t is not None
+    )
 
 
 @pytest.mark.parametrize("function", [partial_conv2d, conv2d_slice])
@@ -36,7 +38,9 @@ def test_gradcheck_twice(options, function):
 
 @pytest.mark.parametrize("options", [{"stride": 2}, {"padding": 4}, {"stride": 2, "groups": 2, "width": 4}])
 def test_gradcheck_of_slices(options):
-    case = make_case(shape=(2, 6, 5, 4), **({"width": 2, "out": 4, "start": 1} | options), dtype=torch.float64)
+    case = make_case(
+        shape=(2, 6, 5, 4), **({"width": 2, "out": 4, "start": 1} | options), dtype=torch.float64
+    )
 
     def call(x, weight):
         return conv2d_slice(x, weight, None, **case.options)
@@ -56,7 +60,8 @@ def test_same_gradients_as_split_cat(backend, channels_last):
     for function in (partial_conv2d, reference.partial_conv2d):
         inputs = leaves(case)
         y = function(*inputs, **case.options)
-        gradients.append(torch.autograd.grad((y * torch.arange(y.numel(), device=y.device).view_as(y).sin()).sum(), inputs))
+        upstream = torch.arange(y.numel(), device=y.device).view_as(y).sin()
+        gradients.append(torch.autograd.grad((y * upstream).sum(), inputs))
     for ours, torchs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, torchs)
 

@@ -60,7 +60,7 @@ def _input(ctx: Any, grad: Tensor) -> Tensor:
 
 def _register_partial_conv2d(namespace: str) -> None:
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, weight = ctx.saved_tensors
+        _, weight = ctx.saved_tensors
         stop = ctx.start + weight.size(0)
         part = grad[:, ctx.start : stop]
         grad_x = None

@@ -23,11 +23,19 @@ class PartialConv(nn.Module):
     """
 
     def __init__(
-        self, dim: int, n_div: int = 4, kernel_size: int = 3, *, device: Any = None, dtype: torch.dtype | None = None
+        self,
+        dim: int,
+        n_div: int = 4,
+        kernel_size: int = 3,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not 1 <= n_div <= dim:
-            raise ValueError(f"PartialConv: expected n_div in [1, dim] = [1, {dim}], got {n_div}. Use fewer parts.")
+            raise ValueError(
+                f"PartialConv: expected n_div in [1, dim] = [1, {dim}], got {n_div}. Use fewer parts."
+            )
         if kernel_size % 2 == 0:
             raise ValueError(
                 f"PartialConv: expected an odd kernel_size, got {kernel_size}. An even kernel changes the image's size."
@@ -35,13 +43,22 @@ class PartialConv(nn.Module):
         self.dim_conv3 = dim // n_div
         self.dim_untouched = dim - self.dim_conv3
         self.partial_conv3 = nn.Conv2d(
-            self.dim_conv3, self.dim_conv3, kernel_size, 1, kernel_size // 2, bias=False, device=device, dtype=dtype
+            self.dim_conv3,
+            self.dim_conv3,
+            kernel_size,
+            1,
+            kernel_size // 2,
+            bias=False,
+            device=device,
+            dtype=dtype,
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to the same shape and memory format."""
         conv = self.partial_conv3
-        return partial_conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return partial_conv2d(
+            x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+        )
 
 
 def _is_split_cat(module: nn.Module) -> bool:
