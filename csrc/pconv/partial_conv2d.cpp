@@ -43,7 +43,8 @@ void check_arguments(const TensorChecks& check, const Arguments& a) {
   }
   check.that(a.x.size(0) <= INT32_MAX && a.weight.size(0) <= INT32_MAX, "sizes below 2^31", "more",
              "Cut the input in pieces.");
-  check.that(a.weight.numel() > 0, "a weight with elements", shape_text(a.weight), "Give at least one channel.");
+  check.that(a.weight.numel() > 0, "a weight with elements", shape_text(a.weight),
+             "Give at least one channel.");
   check_pair(check, "stride", a.stride, 1);
   check_pair(check, "padding", a.padding, 0);
   check_pair(check, "dilation", a.dilation, 1);
@@ -63,8 +64,9 @@ int64_t output_size(const TensorChecks& check, const Arguments& a, int i) {
   const char* names[] = {"x.size(2)", "x.size(3)"};
   const int64_t reach = (a.weight.size(2 + i) - 1) * a.dilation[size_t(i)] + 1;
   const int64_t room = a.x.size(2 + i) + 2 * a.padding[size_t(i)] - reach;
-  check.that(room >= 0 && room <= INT32_MAX, concat(names[i], " + padding that holds the kernel's reach ", reach),
-             concat(a.x.size(2 + i)), "Pad more, or use a smaller kernel or dilation.");
+  check.that(room >= 0 && room <= INT32_MAX,
+             concat(names[i], " + padding that holds the kernel's reach ", reach), concat(a.x.size(2 + i)),
+             "Pad more, or use a smaller kernel or dilation.");
   return room / a.stride[size_t(i)] + 1;
 }
 
@@ -118,8 +120,8 @@ void run(PartialConv2dParams& p, const Arguments& a, [[maybe_unused]] const Tens
   RUN_KERNEL(partial_conv2d, p, a.x, weight, a.bias, y, workspace);
 }
 
-Tensor partial_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, IntList stride,
-                      IntList padding, IntList dilation, int64_t groups, int64_t start) {
+Tensor partial_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                      IntList stride, IntList padding, IntList dilation, int64_t groups, int64_t start) {
   const TensorChecks check("partial_conv2d");
   const Arguments a{x, weight, bias, stride, padding, dilation, groups, start};
   check_arguments(check, a);
@@ -162,8 +164,9 @@ void check_apart(const TensorChecks& check, const char* name, const Tensor& tens
   };
   const char* low = static_cast<const char*>(tensor.const_data_ptr());
   const char* x_low = static_cast<const char*>(x.const_data_ptr());
-  check.that(low + reach(tensor) <= x_low || x_low + reach(x) <= low, concat(name, " outside the memory of x"),
-             "memory that x covers", concat("x is overwritten; pass ", name, ".clone()."));
+  check.that(low + reach(tensor) <= x_low || x_low + reach(x) <= low,
+             concat(name, " outside the memory of x"), "memory that x covers",
+             concat("x is overwritten; pass ", name, ".clone()."));
 }
 
 void partial_conv2d_(Tensor x, const Tensor& weight, const std::optional<Tensor>& bias, IntList stride,
@@ -191,11 +194,12 @@ Tensor conv2d_slice(const Tensor& x, const Tensor& weight, const std::optional<T
   check_arguments(check, a);
   const int64_t height = output_size(check, a, 0), width = output_size(check, a, 1);
   const bool channels_last = !x.is_contiguous() && x.stride(1) == 1;
-  Tensor y = channels_last ? torch::stable::transpose(
-                                 torch::stable::transpose(
-                                     empty_on(x, {x.size(0), height, width, weight.size(0)}, x.scalar_type()), 2, 3),
-                                 1, 2)
-                           : empty_on(x, {x.size(0), weight.size(0), height, width}, x.scalar_type());
+  Tensor y = channels_last
+                 ? torch::stable::transpose(
+                       torch::stable::transpose(
+                           empty_on(x, {x.size(0), height, width, weight.size(0)}, x.scalar_type()), 2, 3),
+                       1, 2)
+                 : empty_on(x, {x.size(0), weight.size(0), height, width}, x.scalar_type());
   if (y.numel() == 0) return y;
   const Tensor packed = torch::stable::contiguous(weight);
   PartialConv2dParams params = make_params(a, packed, y);
@@ -204,8 +208,8 @@ Tensor conv2d_slice(const Tensor& x, const Tensor& weight, const std::optional<T
   return y;
 }
 
-#define TRANCHE_CONV_ARGUMENTS                                                                          \
-  "Tensor weight, Tensor? bias=None, SymInt[2] stride=[1, 1], SymInt[2] padding=[0, 0], "               \
+#define TRANCHE_CONV_ARGUMENTS                                                            \
+  "Tensor weight, Tensor? bias=None, SymInt[2] stride=[1, 1], SymInt[2] padding=[0, 0], " \
   "SymInt[2] dilation=[1, 1], SymInt groups=1, SymInt start=0"
 
 REGISTER_OP(partial_conv2d, "(Tensor x, " TRANCHE_CONV_ARGUMENTS ") -> Tensor")

@@ -1,5 +1,6 @@
-// Convolution of a slice of channels as one matrix product per group: pixels x (taps, channels) times outputs, the
-// left matrix read from x as it lies, in any layout. Sums are float, in one chain per output with k ascending.
+// Convolution of a slice of channels as one matrix product per group: pixels x (taps, channels) times
+// outputs, the left matrix read from x as it lies, in any layout. Sums are float, in one chain per output
+// with k ascending.
 #pragma once
 
 #include "core/launch.cuh"
@@ -27,34 +28,37 @@ __device__ __forceinline__ PixelPosition pixel_position(const PartialConv2dParam
   return {row / p.out_height, row % p.out_height, pixel % p.out_width};
 }
 
-// The element of x behind product k = (tap, channel in the group) of one output pixel; zero outside the image.
+// The element of x behind product k = (tap, channel in the group) of one output pixel; zero outside the
+// image.
 template <class T>
-__device__ __forceinline__ float input_of(const PartialConv2dParams& p, const PixelPosition& at, int group, int tap,
-                                          int channel) {
+__device__ __forceinline__ float input_of(const PartialConv2dParams& p, const PixelPosition& at, int group,
+                                          int tap, int channel) {
   const int64_t y = at.y * p.stride[0] - p.padding[0] + int64_t(tap / p.kernel[1]) * p.dilation[0];
   const int64_t x = at.x * p.stride[1] - p.padding[1] + int64_t(tap % p.kernel[1]) * p.dilation[1];
   if (y < 0 || y >= p.height || x < 0 || x >= p.width) return 0.0f;
   const int64_t c = int64_t(p.start) + int64_t(group) * (p.c_in / p.groups) + channel;
-  return to_float(static_cast<const T*>(p.x)[at.b * p.x_stride[0] + c * p.x_stride[1] + y * p.x_stride[2] +
-                                             x * p.x_stride[3]]);
+  return to_float(static_cast<const T*>(
+      p.x)[at.b * p.x_stride[0] + c * p.x_stride[1] + y * p.x_stride[2] + x * p.x_stride[3]]);
 }
 
 template <class T>
-__device__ __forceinline__ void store_output(const PartialConv2dParams& p, const PixelPosition& at, int64_t channel,
-                                             float value) {
+__device__ __forceinline__ void store_output(const PartialConv2dParams& p, const PixelPosition& at,
+                                             int64_t channel, float value) {
   static_cast<T*>(p.y)[at.b * p.y_stride[0] + (p.y_start + channel) * p.y_stride[1] + at.y * p.y_stride[2] +
                        at.x * p.y_stride[3]] = from_float<T>(value);
 }
 
 // Block (x, y): pixels from x * kPixels, outputs from (y % tiles) * kOutputs of group y / tiles.
 template <class T>
-__global__ void __launch_bounds__(PartialConv2dTraits::kThreads) partial_conv2d_kernel(PartialConv2dParams p) {
+__global__ void __launch_bounds__(PartialConv2dTraits::kThreads)
+    partial_conv2d_kernel(PartialConv2dParams p) {
   using Traits = PartialConv2dTraits;
   constexpr int kPixels = Traits::kPixels, kOutputs = Traits::kOutputs, kDepth = Traits::kDepth;
   constexpr int kOwn = Traits::kOwn, kThreads = Traits::kThreads;
-  constexpr int kRow = kPixels + 1;  // so that lanes of one pixel and of one product both miss each other's banks
-  SHARED(float, inputs, kDepth * kRow);
-  SHARED(float, weights, kDepth * kOutputs);
+  constexpr int kRow =
+      kPixels + 1;  // so that lanes of one pixel and of one product both miss each other's banks
+  SHARED(float, inputs, kDepth* kRow);
+  SHARED(float, weights, kDepth* kOutputs);
 
   const int group_in = p.c_in / p.groups, group_out = p.c_out / p.groups;
   const int tiles = (group_out + kOutputs - 1) / kOutputs;
@@ -117,8 +121,8 @@ __global__ void __launch_bounds__(PartialConv2dTraits::kThreads) partial_conv2d_
 
 // A channel each: one output per thread.
 template <class T>
-__global__ void __launch_bounds__(PartialConv2dTraits::kThreads) partial_conv2d_depthwise_kernel(
-    PartialConv2dParams p) {
+__global__ void __launch_bounds__(PartialConv2dTraits::kThreads)
+    partial_conv2d_depthwise_kernel(PartialConv2dParams p) {
   const int64_t outputs = int64_t(p.batch) * p.out_height * p.out_width * p.c_out;
   const int64_t i = int64_t(blockIdx.x) * PartialConv2dTraits::kThreads + threadIdx.x;
   if (i >= outputs) return;
@@ -156,7 +160,8 @@ __global__ void __launch_bounds__(PartialConv2dTraits::kThreads) copy_channels_k
   const int64_t pixel = channels_last ? rest / kept : rest % image;
   if (channel >= p.skip) channel += p.skip_end - p.skip;
   const int64_t y = pixel / p.width, x = pixel % p.width;
-  static_cast<T*>(p.to)[b * p.to_stride[0] + channel * p.to_stride[1] + y * p.to_stride[2] + x * p.to_stride[3]] =
+  static_cast<T*>(
+      p.to)[b * p.to_stride[0] + channel * p.to_stride[1] + y * p.to_stride[2] + x * p.to_stride[3]] =
       static_cast<const T*>(p.from)[b * p.from_stride[0] + channel * p.from_stride[1] + y * p.from_stride[2] +
                                     x * p.from_stride[3]];
 }

@@ -1,4 +1,5 @@
-// Convolution of some channels: what the kernel behind partial_conv2d, partial_conv2d_ and conv2d_slice receives.
+// Convolution of some channels: what the kernel behind partial_conv2d, partial_conv2d_ and conv2d_slice
+// receives.
 #pragma once
 
 #include <cstddef>

@@ -1,6 +1,6 @@
 // The convolutions of the family on the CPU, compiled once per instruction set.
-#include "core/isa.h"
 #include "pconv/partial_conv2d_cpu.h"
+#include "core/isa.h"
 
 namespace tranche::cpu::TRANCHE_ISA {
 

@@ -1,8 +1,8 @@
 // The slice of some input rows, packed with its zero padding; the products over it; the results' way into y.
 //
-// A packed row is [width + 2 padding][c_in] in the type of the sums. With stride 1 the pixels of several rows are
-// then equally spaced, padding included, and one product runs over all of them: what it computes between rows is
-// dropped.
+// A packed row is [width + 2 padding][c_in] in the type of the sums. With stride 1 the pixels of several rows
+// are then equally spaced, padding included, and one product runs over all of them: what it computes between
+// rows is dropped.
 #pragma once
 
 #include <cstring>
@@ -21,14 +21,14 @@ TRANCHE_INLINE int64_t most(int64_t x, int64_t y) { return x > y ? x : y; }
 
 // How the work is cut. Nothing in here changes a result.
 struct ConvPlan {
-  bool depthwise;                           // a channel each: vector lanes are channels, and there is one group
-  int64_t groups;                           // that are computed one after the other
-  int64_t slice_k, group_out, ldw, ldo;     // per group: products, outputs, padded outputs; all groups' columns
-  int64_t packed_width, row_reach;          // of a packed row; input rows that one output row needs
-  int64_t chunk_rows, chunks;               // output rows of a task, tasks of an image
-  int64_t weights, biases, offsets, slot;   // elements: of all groups; of one thread's scratch
-  int64_t packed, results;                  // elements: of a task's packed rows, of its results
-  int64_t whole;                            // elements of all images packed, where that has to come first
+  bool depthwise;                        // a channel each: vector lanes are channels, and there is one group
+  int64_t groups;                        // that are computed one after the other
+  int64_t slice_k, group_out, ldw, ldo;  // per group: products, outputs, padded outputs; all groups' columns
+  int64_t packed_width, row_reach;       // of a packed row; input rows that one output row needs
+  int64_t chunk_rows, chunks;            // output rows of a task, tasks of an image
+  int64_t weights, biases, offsets, slot;  // elements: of all groups; of one thread's scratch
+  int64_t packed, results;                 // elements: of a task's packed rows, of its results
+  int64_t whole;                           // elements of all images packed, where that has to come first
   int64_t slots;
 };
 
@@ -110,8 +110,8 @@ class Convolution {
     const int64_t blocks = plan_.ldw / kColumnPad, group_weights = plan_.group_out * plan_.slice_k;
     const auto pack = [&](int64_t task) {
       const int64_t g = task / blocks, first = task % blocks * kColumnPad;
-      pack_columns(static_cast<const T*>(p_.weight) + g * group_weights, plan_.group_out, plan_.slice_k, first,
-                   space_.weights + g * plan_.slice_k * plan_.ldw, plan_.ldw);
+      pack_columns(static_cast<const T*>(p_.weight) + g * group_weights, plan_.group_out, plan_.slice_k,
+                   first, space_.weights + g * plan_.slice_k * plan_.ldw, plan_.ldw);
     };
     const bool worth_threads = plan_.weights >= 16384;
     if (worth_threads) {
@@ -156,9 +156,15 @@ class Convolution {
           depthwise(x, out, run_pixels);
           continue;
         }
-        const Product<A> a{x, p_.stride[1] * int64_t(p_.c_in), space_.offsets, plan_.slice_k,
-                           space_.weights + g * plan_.slice_k * plan_.ldw, space_.biases + g * plan_.ldw, out,
-                           plan_.ldw, plan_.ldo};
+        const Product<A> a{x,
+                           p_.stride[1] * int64_t(p_.c_in),
+                           space_.offsets,
+                           plan_.slice_k,
+                           space_.weights + g * plan_.slice_k * plan_.ldw,
+                           space_.biases + g * plan_.ldw,
+                           out,
+                           plan_.ldw,
+                           plan_.ldo};
         product(a, run_pixels, plan_.group_out);
       }
     }
@@ -172,9 +178,8 @@ class Convolution {
     const int64_t all_rows = p_.height + 2 * int64_t(p_.padding[0]);
     const int64_t row_elements = plan_.packed_width * p_.c_in;
     if (plan_.whole > 0) {
-      parallel_for(p_.batch * all_rows, [&](int64_t i) {
-        pack(i / all_rows, i % all_rows, 1, space_.whole + i * row_elements);
-      });
+      parallel_for(p_.batch * all_rows,
+                   [&](int64_t i) { pack(i / all_rows, i % all_rows, 1, space_.whole + i * row_elements); });
     }
     parallel_for(plan_.slots, [&](int64_t slot) {
       A* packed = space_.slots + slot * plan_.slot;
@@ -239,7 +244,8 @@ class Convolution {
     for (int64_t c = 0; c < p_.channels; ++c) {
       if (c >= p_.start && c < p_.start + p_.c_in) continue;
       if (planes) {
-        memcpy(y + c * ys[1] + first * ys[2], x + c * xs[1] + first * xs[2], size_t(rows * p_.width) * sizeof(T));
+        memcpy(y + c * ys[1] + first * ys[2], x + c * xs[1] + first * xs[2],
+               size_t(rows * p_.width) * sizeof(T));
         continue;
       }
       for (int64_t r = first; r < first + rows; ++r) {

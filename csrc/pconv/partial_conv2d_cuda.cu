@@ -41,11 +41,12 @@ void run(const PartialConv2dParams& p, void* stream) {
   const bool depthwise = p.c_in == p.groups && p.c_out == p.groups && p.groups > 1;
   if (depthwise) {
     const unsigned blocks = blocks_for(pixels * p.c_out, Traits::kThreads);
-    launch("partial_conv2d_depthwise", partial_conv2d_depthwise_kernel<T>, {dim3(blocks), dim3(Traits::kThreads)},
-           stream, conv);
+    launch("partial_conv2d_depthwise", partial_conv2d_depthwise_kernel<T>,
+           {dim3(blocks), dim3(Traits::kThreads)}, stream, conv);
   } else {
     const int group_out = p.c_out / p.groups;
-    const unsigned tiles = unsigned(p.groups) * unsigned((group_out + Traits::kOutputs - 1) / Traits::kOutputs);
+    const unsigned tiles =
+        unsigned(p.groups) * unsigned((group_out + Traits::kOutputs - 1) / Traits::kOutputs);
     launch("partial_conv2d", partial_conv2d_kernel<T>,
            {dim3(blocks_for(pixels, Traits::kPixels), tiles), dim3(Traits::kThreads)}, stream, conv);
   }

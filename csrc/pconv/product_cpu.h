@@ -1,6 +1,6 @@
-// out[p][n] = start[n] + sum over k of x[p * step + offset[k]] * w[k][n]: the one loop nest behind the family's
-// convolutions and 1x1 layers. Vector lanes are output channels; k ascends in one chain per output, so that a
-// result depends on nothing but its own inputs, whatever block it was computed in.
+// out[p][n] = start[n] + sum over k of x[p * step + offset[k]] * w[k][n]: the one loop nest behind the
+// family's convolutions and 1x1 layers. Vector lanes are output channels; k ascends in one chain per output,
+// so that a result depends on nothing but its own inputs, whatever block it was computed in.
 #pragma once
 
 #include "core/simd.h"
@@ -101,7 +101,8 @@ static void product(const Product<A>& a, int64_t rows, int64_t columns) {
   if (column < columns) product_rows<A, 1>(a, rows, column);
 }
 
-// ---- weights [n][k] to [k][ldw], zero beyond n -------------------------------------------------------------------
+// ---- weights [n][k] to [k][ldw], zero beyond n
+// -------------------------------------------------------------------
 
 template <class T, class A>
 TRANCHE_INLINE A widen(T x) {
@@ -123,7 +124,8 @@ static void pack_columns(const T* weight, int64_t n, int64_t k, int64_t first, A
       const int count = int(k - i < 16 ? k - i : 16);
       __m512i rows[16];
       for (int r = 0; r < 16; ++r) {
-        rows[r] = r < live ? _mm512_castps_si512(load16(weight + (first + r) * k + i, count)) : _mm512_setzero_si512();
+        rows[r] = r < live ? _mm512_castps_si512(load16(weight + (first + r) * k + i, count))
+                           : _mm512_setzero_si512();
       }
       transpose16(rows);
       for (int r = 0; r < count; ++r) _mm512_storeu_si512(packed + (i + r) * ldw + first, rows[r]);
@@ -133,7 +135,8 @@ static void pack_columns(const T* weight, int64_t n, int64_t k, int64_t first, A
 #endif
   for (; i < k; ++i) {
     A* row = packed + i * ldw + first;
-    for (int64_t o = 0; o < kColumnPad; ++o) row[o] = o < live ? widen<T, A>(weight[(first + o) * k + i]) : A(0);
+    for (int64_t o = 0; o < kColumnPad; ++o)
+      row[o] = o < live ? widen<T, A>(weight[(first + o) * k + i]) : A(0);
   }
 }
 
@@ -142,7 +145,8 @@ static void pack_bias(const T* bias, int64_t n, A* packed) {
   for (int64_t o = 0; o < padded(n); ++o) packed[o] = bias && o < n ? widen<T, A>(bias[o]) : A(0);
 }
 
-// ---- rows between element types ----------------------------------------------------------------------------------
+// ---- rows between element types
+// ----------------------------------------------------------------------------------
 
 template <class T, class A>
 TRANCHE_INLINE void load_row(const T* from, A* to, int64_t n) {
