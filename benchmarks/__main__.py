@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks import harness
 
-FAMILIES = ("tree", "moe", "bits")
+FAMILIES = ("tree", "moe", "bits", "pconv")
 
 
 def percent(text: str) -> float:

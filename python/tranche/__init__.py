@@ -9,6 +9,7 @@ from tranche import _library
 from tranche import bits as bits
 from tranche import limits as limits
 from tranche import moe as moe
+from tranche import pconv as pconv
 from tranche import tree as tree
 
 __version__ = _library.VERSION

@@ -1,0 +1,151 @@
+"""Typed functions of the family; each calls the raw op behind it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tranche import _library
+
+Pair = int | tuple[int, int] | list[int]
+
+
+def _pair(value: Pair) -> list[int]:
+    return list(value) if isinstance(value, tuple | list) else [value, value]
+
+
+def partial_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *,
+    start: int = 0,
+) -> Tensor:
+    """Convolves the channels [start, start + c) and passes the others through (FasterNet's PConv, arXiv 2303.03667).
+
+    With P = [start, start + c): y[:, P] = conv2d(x[:, P], weight, bias, ...) and y elsewhere equals x bit for bit.
+
+    Args:
+        x: [B, C, H, W], any strides; float32, float16 or bfloat16 (float64 on the CPU). Sums are float32 (float64).
+        weight: [c, c / groups, kh, kw] of the same dtype.
+        bias: [c] of the same dtype.
+        stride, padding, dilation, groups: as `torch.nn.functional.conv2d` takes them, padding with zeros; together
+            they must keep H and W.
+        start: the first channel of the slice. It and c are values, not constants: changing them compiles nothing anew.
+
+    Returns:
+        [B, C, H, W] in the memory format of x. Differentiable, twice too.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or number, or arguments that would change H, W or the channels.
+    """
+    return _library.ops().partial_conv2d(
+        x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups, start
+    )
+
+
+def partial_conv2d_(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *,
+    start: int = 0,
+) -> None:
+    """As `partial_conv2d`, on x itself: the other channels are neither read nor written.
+
+    Every output is computed from the old x, whatever the order of the work.
+
+    Raises:
+        ValueError: as `partial_conv2d`; or elements of x share memory with one another, with weight or with bias.
+        RuntimeError: a tensor requires grad: the backward pass needs the x that is overwritten.
+    """
+    _library.ops().partial_conv2d_(
+        x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups, start
+    )
+
+
+def conv2d_slice(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *,
+    start: int = 0,
+) -> Tensor:
+    """conv2d(x[:, start : start + c], weight, ...) without a copy of the slice.
+
+    Args:
+        x: [B, C, H, W], as for `partial_conv2d`.
+        weight: [c_out, c / groups, kh, kw]: any c_out, any stride.
+
+    Returns:
+        [B, c_out, H', W'], channels_last where x is (and is not contiguous at the same time). Differentiable.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or number.
+    """
+    return _library.ops().conv2d_slice(
+        x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups, start
+    )
+
+
+_library.register_inplace("partial_conv2d_")
+
+
+@_library.register_fake("partial_conv2d")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    start: int = 0,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_library.register_fake("partial_conv2d_")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    start: int = 0,
+) -> None:
+    return None
+
+
+@_library.register_fake("conv2d_slice")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    start: int = 0,
+) -> Tensor:
+    batch, _, height, width = x.shape
+    c_out, _, kh, kw = weight.shape
+    out_height = (height + 2 * padding[0] - (kh - 1) * dilation[0] - 1) // stride[0] + 1
+    out_width = (width + 2 * padding[1] - (kw - 1) * dilation[1] - 1) // stride[1] + 1
+    if not x.is_contiguous() and x.stride(1) == 1:
+        return x.new_empty((batch, out_height, out_width, c_out)).permute(0, 3, 1, 2)
+    return x.new_empty((batch, c_out, out_height, out_width))

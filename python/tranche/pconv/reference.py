@@ -1,0 +1,79 @@
+"""What the family's ops mean, in plain torch and any floating dtype. Slow and clear; the tests' oracle."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Pair = int | tuple[int, int]
+
+
+def conv2d_slice(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *,
+    start: int = 0,
+) -> Tensor:
+    """See `tranche.pconv.conv2d_slice`."""
+    part = x[:, start : start + groups * weight.size(1)]
+    return F.conv2d(part, weight, bias, stride, padding, dilation, groups)
+
+
+def partial_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *,
+    start: int = 0,
+) -> Tensor:
+    """See `tranche.pconv.partial_conv2d`."""
+    stop = start + groups * weight.size(1)
+    part = conv2d_slice(x, weight, bias, stride, padding, dilation, groups, start=start)
+    return torch.cat([x[:, :start], part, x[:, stop:]], dim=1)
+
+
+def partial_mlp(
+    x: Tensor,
+    conv_weight: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    activation: str = "relu",
+    gate: Tensor | None = None,
+    spatial_weight: Tensor | None = None,
+    spatial_bias: Tensor | None = None,
+    residual: bool = True,
+) -> Tensor:
+    """See `tranche.pconv.partial_mlp`."""
+    channels, width = x.size(1), conv_weight.size(0)
+    mixed = F.conv2d(x[:, :width], conv_weight, padding=1)
+    untouched = x[:, width:] if gate is None else x[:, width:] * gate[:, :, None, None]
+    pixels = torch.cat([mixed, untouched], dim=1).movedim(1, -1)
+    hidden = pixels @ w1.flatten(1).T + b1
+    hidden = F.relu(hidden) if activation == "relu" else F.gelu(hidden)
+    out = hidden @ w2.flatten(1).T
+    if spatial_weight is not None:
+        score = hidden @ spatial_weight
+        scale = F.hardsigmoid(score if spatial_bias is None else score + spatial_bias)[..., None]
+        first = channels - channels // 2
+        out = torch.cat([out[..., :first] * scale, out[..., first:]], dim=-1)
+    out = (out + b2).movedim(-1, 1)
+    return out + x if residual else out
+
+
+def channel_stats(x: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """See `tranche.pconv.channel_stats`."""
+    part = x[:, start:].flatten(2)
+    return part.mean(dim=2), part.std(dim=2)

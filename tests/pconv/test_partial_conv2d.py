@@ -1,0 +1,218 @@
+"""partial_conv2d, partial_conv2d_ and conv2d_slice against the reference, in every geometry and layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.pconv.convolutions import Case, assert_correct, make_case, same_bits
+from tranche.pconv import conv2d_slice, partial_conv2d, partial_conv2d_, reference
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+GEOMETRIES = {
+    "plain": {},
+    "bias": {"bias": True},
+    "unaligned": {"width": 10, "start": 3},
+    "twelve": {"width": 12, "shape": (1, 36, 6, 6)},
+    "twenty": {"width": 20, "start": 1, "shape": (1, 44, 5, 4)},
+    "thirty-six": {"width": 36, "shape": (1, 40, 4, 5)},
+    "one channel": {"width": 1, "start": 5},
+    "everything": {"width": 24},
+    "1x1": {"kernel": (1, 1)},
+    "7x7": {"kernel": (7, 7)},
+    "1x11": {"kernel": (1, 11)},
+    "11x1": {"kernel": (11, 1), "bias": True},
+    "dilated": {"dilation": 2},
+    "grouped": {"groups": 2, "bias": True},
+    "odd groups": {"width": 9, "groups": 3, "start": 2},
+    "depthwise": {"groups": 8, "start": 4, "bias": True},
+    "depthwise 7x7": {"groups": 20, "width": 20, "kernel": (7, 7)},
+    "one pixel": {"shape": (3, 24, 1, 1)},
+    "one row": {"shape": (2, 24, 1, 9)},
+    "one column": {"shape": (2, 24, 9, 1)},
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_against_reference(backend, geometry, dtype, channels_last):
+    case = make_case(dtype=dtype, channels_last=channels_last, device=backend.device, **GEOMETRIES[geometry])
+    before = case.x.clone()
+    y = case.run(partial_conv2d)
+    assert_correct(case, y, "partial_conv2d")
+    assert y.stride() == torch.empty_like(case.x).stride()
+    assert same_bits(case.x, before)
+    rest = [i for i in range(case.x.size(1)) if not case.slice.start <= i < case.slice.stop]
+    assert same_bits(y[:, rest], case.x[:, rest])
+    part = case.run(conv2d_slice)
+    assert same_bits(part, y[:, case.slice])
+    case.run(partial_conv2d_)
+    assert same_bits(case.x, y)
+
+
+def test_fp64():
+    for geometry in GEOMETRIES.values():
+        case = make_case(dtype=torch.float64, **geometry)
+        assert_correct(case, case.run(partial_conv2d), "partial_conv2d")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stride": 2, "out": 5},
+        {"stride": (2, 1), "out": 40, "bias": True},
+        {"padding": 0, "out": 3},
+        {"padding": (3, 2), "start": 7},
+        {"stride": 3, "dilation": 2, "padding": (1, 4), "out": 17},
+        {"stride": 2, "groups": 4, "out": 12, "start": 1},
+        {"stride": 2, "kernel": (2, 2), "padding": 0, "out": 16},
+        {"stride": 2, "groups": 8},
+    ],
+)
+def test_slices_of_any_stride_and_width(backend, options, channels_last):
+    case = make_case(channels_last=channels_last, device=backend.device, **options)
+    assert_correct(case, case.run(conv2d_slice), "conv2d_slice")
+
+
+def test_integers_are_exact(backend):
+    for dtype in FLOATS:
+        case = make_case(dtype=dtype, integers=True, bias=True, start=3, device=backend.device)
+        want = case.wider(torch.float64)
+        assert torch.equal(case.run(partial_conv2d).double(), want.run(reference.partial_conv2d))
+
+
+def test_strided_views(backend):
+    whole = make_case(shape=(2, 24, 9, 14), device=backend.device)
+    for view in (
+        whole.x[:, :, :, ::2],
+        whole.x.transpose(2, 3),
+        whole.x[:, ::2],
+        whole.x[:1].expand(3, -1, -1, -1),
+    ):
+        case = Case(view, whole.weight, None, {"padding": 1, "start": 2})
+        assert_correct(case, case.run(partial_conv2d), "partial_conv2d")
+        assert_correct(case, case.run(conv2d_slice), "conv2d_slice")
+
+
+def test_in_place_in_a_larger_tensor(backend):
+    whole = torch.randn(2, 30, 8, 9).to(backend.device)
+    before = whole.clone()
+    case = make_case(device=backend.device)
+    view = whole[:, 3:27, 1:7]
+    want = partial_conv2d(view, case.weight, padding=1, start=5)
+    partial_conv2d_(view, case.weight, padding=1, start=5)
+    assert same_bits(view, want)
+    mask = torch.ones_like(whole, dtype=torch.bool)
+    mask[:, 3:27, 1:7] = False
+    assert torch.equal(whole[mask], before[mask])
+
+
+@pytest.mark.parametrize("shape", [(0, 24, 5, 5), (2, 24, 0, 5), (2, 24, 5, 0)])
+def test_empty(backend, shape):
+    case = make_case(shape=shape, device=backend.device)
+    assert case.run(partial_conv2d).shape == shape
+    case.run(partial_conv2d_)
+    assert make_case(shape=(0, 24, 5, 5), device=backend.device).run(conv2d_slice).shape == (0, 8, 5, 5)
+
+
+def test_non_finite_values_stay_in_reach(backend):
+    for dtype in FLOATS:
+        case = make_case(dtype=dtype, start=4, device=backend.device)
+        clean = case.run(partial_conv2d)
+        case.x[0, 5, 4, 3] = torch.nan
+        case.x[1, 4, 8, 6] = torch.inf
+        case.x[0, 0] = torch.nan
+        y = case.run(partial_conv2d)
+        reached = torch.zeros(2, 1, 9, 7, dtype=torch.bool, device=backend.device)
+        reached[0, :, 3:6, 2:5] = True
+        reached[1, :, 7:, 5:] = True
+        part = y[:, case.slice]
+        assert torch.equal(~torch.isfinite(part), reached.expand_as(part))
+        assert torch.isinf(part[1]).any() and not torch.isnan(part[1]).any()
+        assert same_bits(part[~reached.expand_as(part)], clean[:, case.slice][~reached.expand_as(part)])
+        assert torch.isnan(y[0, 0]).all() and torch.isfinite(y[0, 1:4]).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rows_do_not_depend_on_neighbours(backend, dtype):
+    case = make_case(
+        shape=backend.pick((5, 24, 33, 20), (3, 24, 9, 7)), width=12, dtype=dtype, device=backend.device
+    )
+    y = case.run(partial_conv2d)
+    # one image alone, the other layout, another place among the channels, and a crop with its halo
+    assert same_bits(partial_conv2d(case.x[2:3], case.weight, padding=1), y[2:3])
+    other = partial_conv2d(case.x.contiguous(memory_format=torch.channels_last), case.weight, padding=1)
+    assert same_bits(other, y)
+    moved = torch.cat([case.x[:, 12:15], case.x[:, :12]], dim=1)
+    assert same_bits(partial_conv2d(moved, case.weight, padding=1, start=3)[:, 3:], y[:, :12])
+    crop = conv2d_slice(case.x[:, :, 2:6, 1:5], case.weight)
+    assert same_bits(crop, y[:, :12, 3:5, 2:4])
+    # some of the outputs alone
+    assert same_bits(conv2d_slice(case.x, case.weight[3:8], padding=1), y[:, 3:8])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_any_number_of_threads(dtype):
+    case = make_case(shape=(3, 40, 20, 20), width=36, dtype=dtype, channels_last=True)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            results.append(case.run(partial_conv2d))
+            x = case.x.clone()
+            partial_conv2d_(x, case.weight, **case.options)
+            results.append(x)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
+def test_start_and_width_are_run_time_values(backend):
+    x = make_case(device=backend.device).x
+    traces = 0
+
+    def count(graph, _):
+        nonlocal traces
+        traces += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, w, start: partial_conv2d(x, w, padding=1, start=start),
+        backend=count,
+        fullgraph=True,
+        dynamic=True,
+    )
+    for start in range(2, 7):
+        weight = torch.randn(4 + start, 4 + start, 3, 3, device=backend.device)
+        assert same_bits(compiled(x, weight, start), partial_conv2d(x, weight, padding=1, start=start))
+    assert traces == 1
+
+
+def test_compile_and_export(backend):
+    case = make_case(start=3, bias=True, channels_last=True, device=backend.device)
+
+    class Model(torch.nn.Module):
+        def forward(self, x, weight, bias):
+            return partial_conv2d(x, weight, bias, padding=1, start=3).relu() + 1
+
+    arguments = (case.x, case.weight, case.bias)
+    want = Model()(*arguments)
+    compiled = torch.compile(Model(), backend="aot_eager", fullgraph=True)
+    assert same_bits(compiled(*arguments), want)
+    assert same_bits(torch.export.export(Model(), arguments).module()(*arguments), want)
+
+
+def test_opcheck(backend):
+    for options in ({}, {"bias": True, "channels_last": True, "start": 2}, {"groups": 8}):
+        case = make_case(shape=(1, 12, 3, 4), device=backend.device, **options)
+        pairs = ([1, 1], [1, 1], [1, 1], options.get("groups", 1), options.get("start", 0))
+        for name in ("partial_conv2d", "conv2d_slice", "partial_conv2d_"):
+            op = getattr(backend.ops(), name).default
+            torch.library.opcheck(op, (case.x.clone(), case.weight, case.bias, *pairs))
+        x, weight = case.x.clone().requires_grad_(), case.weight.clone().requires_grad_()
+        for name in ("partial_conv2d", "conv2d_slice"):
+            torch.library.opcheck(getattr(backend.ops(), name).default, (x, weight, case.bias, *pairs))
