@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(TreeAncestorsTraits::kMaxNodes)
     tree_ancestors_kernel(TreeAncestorsParams p) {
   constexpr int kSlabWords = TreeAncestorsTraits::kSlabWords;
   constexpr int kMaxNodes = TreeAncestorsTraits::kMaxNodes;
-  SHARED(uint64_t, bits, kSlabWords * kMaxNodes);  // [word][node]: neighbours in a warp are neighbours here
-  SHARED(int32_t, jump, kMaxNodes);                // the nearest ancestor not yet in bits, or -1
+  SHARED(uint64_t, bits, kSlabWords* kMaxNodes);  // [word][node]: neighbours in a warp are neighbours here
+  SHARED(int32_t, jump, kMaxNodes);               // the nearest ancestor not yet in bits, or -1
 
   const int b = int(blockIdx.x), node = int(threadIdx.x);
   const int count = p.n_nodes[b] < 0 ? 0 : (p.n_nodes[b] > p.nodes ? p.nodes : p.n_nodes[b]);
