@@ -14,7 +14,11 @@ ACCEPTED = 3  # draft tokens that the walks of all rows accept
 SEED, POSITION = 7, 1000
 CHECKED = 4  # sequences that the fp64 reference draws for
 SPREAD = 5.0  # of logits: peaked enough that plain torch's fp32 sums find the same tokens
-CUTS: dict[str, dict[str, Any]] = {"": {}, "top-p": {"top_p": 0.9}, "top-k top-p": {"top_k": 50, "top_p": 0.9}}
+CUTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "top-p": {"top_p": 0.9},
+    "top-k top-p": {"top_k": 50, "top_p": 0.9},
+}
 VOCABULARIES = {32000: "llama-2", 128256: "llama-3"}
 
 
@@ -59,7 +63,9 @@ class Walks:
     Only the visited rows have memory of their own: the rows of other nodes overlap with the next sequences'.
     """
 
-    def __init__(self, batch: int, nodes: int, vocab: int, dtype: torch.dtype, device: str, buffers: int, cut: str):
+    def __init__(
+        self, batch: int, nodes: int, vocab: int, dtype: torch.dtype, device: str, buffers: int, cut: str
+    ):
         self.batch, self.nodes = batch, nodes
         self.options = {"temperature": torch.full((batch,), 0.8, device=device)}
         numbers = {"top_k": (0, torch.int32), "top_p": (1.0, torch.float32)}
@@ -76,7 +82,9 @@ class Walks:
             first = i * batch * visited * vocab
             view = pool.as_strided((batch, nodes, vocab), (visited * vocab, vocab, 1), first)
             drawn = torch.stack([self.draw(view[:, d], d) for d in range(visited)], dim=1)
-            if i == 0:  # the buffer whose results are checked holds the reference's tokens, as far as time allows
+            if (
+                i == 0
+            ):  # the buffer whose results are checked holds the reference's tokens, as far as time allows
                 for d in range(visited):
                     drawn[:CHECKED, d] = self.reference_draw(view[:CHECKED, d], d).to(device)
             tokens = torch.full((batch, nodes), -1, device=device)
@@ -138,7 +146,9 @@ class Walks:
             results.append((path + [-1] * (self.nodes - len(path)), len(path) - 1, token))
         paths, lengths, next_tokens = zip(*results, strict=True)
         return Accepted(
-            torch.tensor(paths, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32), torch.tensor(next_tokens)
+            torch.tensor(paths, dtype=torch.int32),
+            torch.tensor(lengths, dtype=torch.int32),
+            torch.tensor(next_tokens),
         )
 
     def workload(self) -> Workload:
@@ -164,7 +174,7 @@ class Greedy:
 
     def all_paths(self, i: int) -> Accepted:
         """Every path of the tree compared at once."""
-        batch, leaves, length = self.paths.shape
+        batch, _, length = self.paths.shape
         nodes = self.paths.clamp(min=0)
         flat = nodes.view(batch, -1)
         tokens = self.tokens.gather(1, flat).view(nodes.shape)
@@ -190,7 +200,9 @@ class Greedy:
             rows.append((path + [-1] * (len(tokens[b]) - len(path)), len(path) - 1, target[b][path[-1]]))
         paths, lengths, next_tokens = zip(*rows, strict=True)
         return Accepted(
-            torch.tensor(paths, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32), torch.tensor(next_tokens)
+            torch.tensor(paths, dtype=torch.int32),
+            torch.tensor(lengths, dtype=torch.int32),
+            torch.tensor(next_tokens),
         )
 
     def workload(self) -> Workload:
@@ -211,7 +223,9 @@ class Typical:
             walks.want[i] = expected(walks.batch, walks.nodes, best[:, -1])
 
     def ours(self, i: int) -> Accepted:
-        return verify_typical(self.walks.tokens[i], self.walks.tree, self.walks.logits[i], epsilon=1e-4, delta=0.09)
+        return verify_typical(
+            self.walks.tokens[i], self.walks.tree, self.walks.logits[i], epsilon=1e-4, delta=0.09
+        )
 
     def all_rows(self, i: int) -> Accepted:
         tokens, tree = self.walks.tokens[i], self.walks.tree

@@ -36,8 +36,8 @@ inline void check_parents(const TensorChecks& check, const Tensor& parent, const
 }
 
 // The tensors of a walk down the tree: tokens, parent [B, N] and n_nodes [B], for B and N of `other`.
-inline void check_walk(const TensorChecks& check, const Tensor& tokens, const Tensor& parent, const Tensor& n_nodes,
-                       const char* other_name, const Tensor& other) {
+inline void check_walk(const TensorChecks& check, const Tensor& tokens, const Tensor& parent,
+                       const Tensor& n_nodes, const char* other_name, const Tensor& other) {
   const int64_t batch = other.size(0), nodes = other.size(1);
   check_node_count(check, nodes);
   check.exactly("tokens", tokens, ScalarType::Long, {batch, nodes}, "[B, N]", other_name, other);

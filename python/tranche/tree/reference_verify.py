@@ -19,7 +19,12 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
     k0, k1 = key
     for _ in range(10):
         product0, product1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = (product1 >> 32) ^ c1 ^ k0, product1 & WORD, (product0 >> 32) ^ c3 ^ k1, product0 & WORD
+        c0, c1, c2, c3 = (
+            (product1 >> 32) ^ c1 ^ k0,
+            product1 & WORD,
+            (product0 >> 32) ^ c3 ^ k1,
+            product0 & WORD,
+        )
         k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
     return c0, c1, c2, c3
 
@@ -80,7 +85,14 @@ def sample(
     out = logits.new_empty(batch, dtype=torch.int64)
     for b in range(batch):
         row = _row_options(
-            b, batch, logits.device, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, position=position
+            b,
+            batch,
+            logits.device,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            position=position,
         )
         p = probabilities(logits[b], row["temperature"], int(row["top_k"]), row["top_p"])
         out[b] = draw(p, uniform(int(row["seed"]), int(row["position"])))
@@ -134,7 +146,14 @@ def verify_sample(
     next_tokens: list[int] = []
     for b in range(batch):
         row = _row_options(
-            b, batch, logits.device, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, position=position
+            b,
+            batch,
+            logits.device,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            position=position,
         )
         paths.append([])
         next_tokens.append(-1)

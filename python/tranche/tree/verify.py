@@ -146,7 +146,11 @@ def verify_sample(
     """
     return Accepted(
         *_library.ops().tree_verify_sample(
-            tokens, tree.parent, tree.n_nodes, logits, *_sampling(logits, temperature, top_k, top_p, seed, position)
+            tokens,
+            tree.parent,
+            tree.n_nodes,
+            logits,
+            *_sampling(logits, temperature, top_k, top_p, seed, position),
         )
     )
 
