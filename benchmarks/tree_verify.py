@@ -174,7 +174,7 @@ class Greedy:
 
     def all_paths(self, i: int) -> Accepted:
         """Every path of the tree compared at once."""
-        batch, leaves, length = self.paths.shape
+        batch, _, length = self.paths.shape
         nodes = self.paths.clamp(min=0)
         flat = nodes.view(batch, -1)
         tokens = self.tokens.gather(1, flat).view(nodes.shape)

@@ -1,6 +1,6 @@
-// Random bits from a counter: Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
-// 1, 2, 3", SC 2011). A draw is a function of its key and its counter and of nothing else, so it is the same on
-// every device, in every order, and whatever else was drawn.
+// Random bits from a counter: Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy
+// as 1, 2, 3", SC 2011). A draw is a function of its key and its counter and of nothing else, so it is the
+// same on every device, in every order, and whatever else was drawn.
 #pragma once
 
 #include <cstdint>

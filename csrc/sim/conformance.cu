@@ -298,8 +298,11 @@ enum class Map {
   to_int_rd,
   to_int_ru,
   saturate,
+  mul,
   exp2_approx,
   log2_approx,
+  reciprocal_approx,
+  opaque,
   pack_bf16,
   pack_half,
   half_to_float,
@@ -337,8 +340,11 @@ __device__ __forceinline__ uint32_t map_bits(uint32_t a, uint32_t b, uint32_t c,
   if constexpr (kind == Map::to_int_rd) return uint32_t(__float2int_rd(x));
   if constexpr (kind == Map::to_int_ru) return uint32_t(__float2int_ru(x));
   if constexpr (kind == Map::saturate) return __float_as_uint(__saturatef(x));
+  if constexpr (kind == Map::mul) return __float_as_uint(ptx::mul(x, y));
   if constexpr (kind == Map::exp2_approx) return __float_as_uint(ptx::exp2_approx(x));
   if constexpr (kind == Map::log2_approx) return __float_as_uint(ptx::log2_approx(x));
+  if constexpr (kind == Map::reciprocal_approx) return __float_as_uint(ptx::reciprocal_approx(x));
+  if constexpr (kind == Map::opaque) return uint32_t(ptx::opaque(int(a)));
   if constexpr (kind == Map::pack_bf16) return ptx::pack<bf16>(x, y);
   if constexpr (kind == Map::pack_half) return ptx::pack<half>(x, y);
   if constexpr (kind == Map::half_to_float) return float_bits(to_float(half{uint16_t(a)}));
@@ -445,8 +451,11 @@ const Entry entries[] = {
     MAP(to_int_rd),
     MAP(to_int_ru),
     MAP(saturate),
+    MAP(mul),
     MAP(exp2_approx),
     MAP(log2_approx),
+    MAP(reciprocal_approx),
+    MAP(opaque),
     MAP(pack_bf16),
     MAP(pack_half),
     MAP(half_to_float),

@@ -6,9 +6,9 @@
 //   chunk    256 slots, from a fresh state
 //   quad     4 chunks, segment 16 chunks: merged in order, a segment from its quads
 //   sequence its segments in order
-// All at absolute multiples. A block may own a chunk, a quad, a segment or a sequence: whatever it is, merge()
-// meets the same operands in the same order, so the choice, which depends on lengths and on the size of the
-// launch, cannot be seen in the bits.
+// All at absolute multiples. A block may own a chunk, a quad, a segment or a sequence: whatever it is,
+// merge() meets the same operands in the same order, so the choice, which depends on lengths and on the size
+// of the launch, cannot be seen in the bits.
 #pragma once
 
 #include "core/launch.cuh"
@@ -32,34 +32,34 @@ enum SpanLevel : int { kChunkLevel, kQuadLevel, kSegmentLevel, kSequenceLevel };
 // + query head within the group.
 struct TreeAttentionLaunch {
   TreeAttentionParams p;
-  float* partial_out;      // [B, Hkv, all_slots, R, D] not yet divided by the sum
-  float* partial_stats;    // [B, Hkv, all_slots, R, 2] maximum (base 2, scaled) and sum
-  float* running;          // [blocks, 2] stored states of blocks that own sequences or segments; thread-private
-  float score_factor;      // scale * log2 e, or scale * 2 log2 e / softcap
-  int32_t group, rows;     // Hq / Hkv, N * group
-  int32_t row_blocks;      // blocks over the packed rows
-  int32_t splits;          // blocks over the chunks of a sequence
-  int32_t slots;           // partial results kept per row for complete spans
-  int32_t all_slots;       // slots; with exact then the open quad, the open segment, and the tail's chunks
-  bool paths;              // exact's second pass: a block takes one node and walks its own path
-  bool aligned_kv;         // 16-byte loads are possible
-  bool aligned_q;          // 16-byte loads of q are possible
-  bool aligned_out;        // 4-byte stores of out are possible
+  float* partial_out;    // [B, Hkv, all_slots, R, D] not yet divided by the sum
+  float* partial_stats;  // [B, Hkv, all_slots, R, 2] maximum (base 2, scaled) and sum
+  float* running;        // [blocks, 2] stored states of blocks that own sequences or segments; thread-private
+  float score_factor;    // scale * log2 e, or scale * 2 log2 e / softcap
+  int32_t group, rows;   // Hq / Hkv, N * group
+  int32_t row_blocks;    // blocks over the packed rows
+  int32_t splits;        // blocks over the chunks of a sequence
+  int32_t slots;         // partial results kept per row for complete spans
+  int32_t all_slots;     // slots; with exact then the open quad, the open segment, and the tail's chunks
+  bool paths;            // exact's second pass: a block takes one node and walks its own path
+  bool aligned_kv;       // 16-byte loads are possible
+  bool aligned_q;        // 16-byte loads of q are possible
+  bool aligned_out;      // 4-byte stores of out are possible
 };
 
 TRANCHE_HD int clamp_int(int x, int low, int high) { return x < low ? low : (x > high ? high : x); }
 
-// A value that all lanes of the warp have, as the compiler can see: the branches on it then do not divide the warp,
-// and shuffles behind them need no precautions.
+// A value that all lanes of the warp have, as the compiler can see: the branches on it then do not divide the
+// warp, and shuffles behind them need no precautions.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 // What a sequence asks for: the same answer in every kernel of a launch.
 struct Sequence {
-  int length, nodes;            // committed tokens, nodes in use
-  int first_chunk, chunk_end;   // chunks of the first pass that some row may see
-  int level, span;              // SpanLevel and its chunks
+  int length, nodes;           // committed tokens, nodes in use
+  int first_chunk, chunk_end;  // chunks of the first pass that some row may see
+  int level, span;             // SpanLevel and its chunks
   int first_span, spans;
-  bool direct;                  // one block sees all: it writes out itself
+  bool direct;  // one block sees all: it writes out itself
 
   __device__ __forceinline__ Sequence(const TreeAttentionLaunch& plan, int b) {
     const TreeAttentionParams& p = plan.p;
@@ -92,14 +92,15 @@ struct Sequence {
   }
 };
 
-// ---- rows and the keys they see ------------------------------------------------------------------------------
+// ---- rows and the keys they see
+// ------------------------------------------------------------------------------
 
 // The keys a block walks, by position. In the first pass a key's position is its slot.
 struct Keys {
-  int length;      // keys before this one are seen by all rows that the window lets see them
-  int end;         // one past the last key
-  int low;         // no row of the sequence sees keys before this one
-  int full_from;   // from here on to length every row sees every key
+  int length;     // keys before this one are seen by all rows that the window lets see them
+  int end;        // one past the last key
+  int low;        // no row of the sequence sees keys before this one
+  int full_from;  // from here on to length every row sees every key
 };
 
 struct Row {
@@ -112,8 +113,8 @@ __device__ __forceinline__ uint64_t low_bits(int64_t count) {
 }
 
 // Bit c: the row sees key first + c. Called only for tiles that some row does not see in full.
-__device__ __forceinline__ uint64_t visible_keys(const TreeAttentionLaunch& plan, const Keys& keys, const Row& row,
-                                                 int b, int first) {
+__device__ __forceinline__ uint64_t visible_keys(const TreeAttentionLaunch& plan, const Keys& keys,
+                                                 const Row& row, int b, int first) {
   if (row.ancestors == nullptr) return 0;
   const TreeAttentionParams& p = plan.p;
   const int64_t last_hidden =
@@ -128,7 +129,8 @@ __device__ __forceinline__ uint64_t visible_keys(const TreeAttentionLaunch& plan
     nodes = uint64_t(row.ancestors[0]) << -j0;
   } else {
     nodes = uint64_t(row.ancestors[j0 / 64]) >> (j0 % 64);
-    if (j0 % 64 != 0 && j0 / 64 + 1 < p.words) nodes |= uint64_t(row.ancestors[j0 / 64 + 1]) << (64 - j0 % 64);
+    if (j0 % 64 != 0 && j0 / 64 + 1 < p.words)
+      nodes |= uint64_t(row.ancestors[j0 / 64 + 1]) << (64 - j0 % 64);
   }
   nodes &= low_bits(int64_t(row.node) - j0 + 1);  // an ancestor comes no later than the node itself
   if (p.window > 0 && row.depth >= p.window) {
@@ -150,7 +152,8 @@ __device__ __forceinline__ int path_length(const int64_t* ancestors, int node) {
   return length;
 }
 
-// ---- the softmax state ---------------------------------------------------------------------------------------
+// ---- the softmax state
+// ---------------------------------------------------------------------------------------
 
 // How one row's partial result joins its running one. A part that saw no key leaves the running state as it
 // is, and the first that did is copied: neither touches a bit.
@@ -224,7 +227,9 @@ struct StoredState {
   static constexpr int kBytes = kWords * Layout::kThreads * int(sizeof(Float4));
   Float4* base;
 
-  __device__ __forceinline__ Float4& word(int i) const { return base[i * Layout::kThreads + int(threadIdx.x)]; }
+  __device__ __forceinline__ Float4& word(int i) const {
+    return base[i * Layout::kThreads + int(threadIdx.x)];
+  }
 
   __device__ __forceinline__ void store(const State<Layout>& s) const {
 #pragma unroll
@@ -273,15 +278,17 @@ struct StoredState {
   }
 };
 
-// ---- results ---------------------------------------------------------------------------------------------------
+// ---- results
+// ---------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ int64_t partial_row(const TreeAttentionLaunch& plan, int b, int h, int slot, int row) {
+__device__ __forceinline__ int64_t partial_row(const TreeAttentionLaunch& plan, int b, int h, int slot,
+                                               int row) {
   return ((int64_t(b) * plan.p.heads_kv + h) * plan.all_slots + slot) * plan.rows + row;
 }
 
 // What the accumulated values of a finished row are multiplied with; writes the row's lse if `write_lse`.
-__device__ __forceinline__ float finish_row(const TreeAttentionLaunch& plan, int b, int h, int row, float m, float l,
-                                            bool write_lse) {
+__device__ __forceinline__ float finish_row(const TreeAttentionLaunch& plan, int b, int h, int row, float m,
+                                            float l, bool write_lse) {
   const TreeAttentionParams& p = plan.p;
   const int node = row / plan.group, head = h * plan.group + row % plan.group;
   if (write_lse && p.lse != nullptr) {
@@ -295,8 +302,8 @@ __device__ __forceinline__ float finish_row(const TreeAttentionLaunch& plan, int
   return p.v_scale != nullptr ? ptx::mul(factor, p.v_scale[h]) : factor;
 }
 
-// A score to base 2: times scale and log2 e; with a softcap, softcap * tanh(score * scale / softcap) times log2 e,
-// where e^2y = 2^(2y log2 e).
+// A score to base 2: times scale and log2 e; with a softcap, softcap * tanh(score * scale / softcap) times
+// log2 e, where e^2y = 2^(2y log2 e).
 struct ScoreMap {
   float factor;  // of q k: to base 2, or to the exponent of tanh
   float bound;   // softcap * log2 e, or 0

@@ -7,7 +7,8 @@ namespace {
 
 using Variant = TreeAttentionVariant;
 
-// Two blocks for each of an H200's 132 streaming multiprocessors. More splits than that only add partial results.
+// Two blocks for each of an H200's 132 streaming multiprocessors. More splits than that only add partial
+// results.
 constexpr int64_t kBusyBlocks = 264;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -16,10 +17,14 @@ constexpr size_t align_256(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 Variant choose(const TreeAttentionParams& p, int64_t rows) {
   switch (p.q_type) {
-    case DType::f16: return tree_attention_f16(p.head_dim, rows);
-    case DType::bf16: return tree_attention_bf16(p.head_dim, rows);
-    case DType::f32: return tree_attention_f32(p.head_dim, rows);
-    default: throw std::invalid_argument("tranche: tree_attention: no CUDA kernel for this dtype");
+    case DType::f16:
+      return tree_attention_f16(p.head_dim, rows);
+    case DType::bf16:
+      return tree_attention_bf16(p.head_dim, rows);
+    case DType::f32:
+      return tree_attention_f32(p.head_dim, rows);
+    default:
+      throw std::invalid_argument("tranche: tree_attention: no CUDA kernel for this dtype");
   }
 }
 
@@ -45,19 +50,20 @@ Plan make_plan(const TreeAttentionParams& p) {
   l.p = p;
   // A single node is its own path, and its slot is its position.
   l.p.exact = p.exact && p.nodes > 1;
+  if (p.num_pages == 0) l.p.capacity = 0;  // a block table without pages holds nothing
   const double base_2 = double(p.scale) * 1.4426950408889634;
   l.score_factor = float(p.softcap > 0 ? 2.0 * base_2 / p.softcap : base_2);
   l.group = p.heads_q / p.heads_kv;
   l.rows = p.nodes * l.group;
   plan.variant = choose(p, l.rows);
   l.row_blocks = int32_t(ceil_div(l.rows, plan.variant.rows));
-  const int64_t chunks = ceil_div(p.capacity, kChunkSlots);
+  const int64_t chunks = ceil_div(l.p.capacity, kChunkSlots);
   const int64_t busy = kBusyBlocks / (int64_t(p.batch) * p.heads_kv * l.row_blocks);
   l.splits = int32_t(busy < 1 || chunks < 1 ? 1 : busy < chunks ? busy : chunks);
   const int64_t segments = ceil_div(chunks, kSegmentChunks);
   l.slots = int32_t(l.splits == 1 ? 1 : segments > l.splits ? segments : l.splits);
-  // An open quad, an open segment, and the chunks from the one where the committed tokens end: they end in any
-  // of its slots, and a path is N at most.
+  // An open quad, an open segment, and the chunks from the one where the committed tokens end: they end in
+  // any of its slots, and a path is N at most.
   l.all_slots = l.slots + (l.p.exact ? int32_t(2 + (p.nodes + kChunkSlots - 2) / kChunkSlots + 1) : 0);
   l.aligned_kv = aligned(p.k_cache, p.k_stride, element_bytes(p.kv_type), 16) &&
                  aligned(p.v_cache, p.v_stride, element_bytes(p.kv_type), 16);
@@ -65,7 +71,7 @@ Plan make_plan(const TreeAttentionParams& p) {
   l.aligned_out = aligned(p.out, p.out_stride, element_bytes(p.q_type), 4);
 
   plan.merge = l.splits > 1 || l.p.exact;
-  plan.keep_segment = chunks > int64_t(kQuadChunks) * (l.splits == 1 ? 0 : l.splits);
+  plan.keep_segment = chunks > int64_t(kQuadChunks) * l.splits;
   const size_t partial_rows = plan.merge ? size_t(p.batch) * p.heads_kv * l.all_slots * l.rows : 0;
   plan.out_bytes = align_256(partial_rows * p.head_dim * sizeof(float));
   plan.stats_bytes = align_256(partial_rows * 2 * sizeof(float));
@@ -77,7 +83,8 @@ Plan make_plan(const TreeAttentionParams& p) {
 template <class T>
 void launch_merge(const TreeAttentionLaunch& l, void* stream) {
   const int64_t threads = int64_t(l.rows) * (l.p.head_dim / 4);
-  const dim3 grid(unsigned(ceil_div(threads, MergeTraits::kThreads)), unsigned(l.p.heads_kv), unsigned(l.p.batch));
+  const dim3 grid(unsigned(ceil_div(threads, MergeTraits::kThreads)), unsigned(l.p.heads_kv),
+                  unsigned(l.p.batch));
   launch("tree_attention_merge", tree_attention_merge<T>, {grid, dim3(MergeTraits::kThreads)}, stream, l);
 }
 
@@ -100,8 +107,7 @@ void tree_attention(const TreeAttentionParams& p, void* stream) {
 
   const Variant& v = plan.variant;
   const dim3 grid(unsigned(l.row_blocks) * unsigned(l.splits), unsigned(p.heads_kv), unsigned(p.batch));
-  launch(v.name, v.kernel,
-         {grid, dim3(unsigned(v.threads)), size_t(v.smem)}, stream, l);
+  launch(v.name, v.kernel, {grid, dim3(unsigned(v.threads)), size_t(v.smem)}, stream, l);
 
   if (l.p.exact) {
     const Variant path = choose(p, 1);
@@ -109,13 +115,20 @@ void tree_attention(const TreeAttentionParams& p, void* stream) {
     paths.paths = true;
     paths.row_blocks = int32_t(p.nodes * ceil_div(l.group, path.rows));
     const dim3 path_grid(unsigned(paths.row_blocks), unsigned(p.heads_kv), unsigned(p.batch));
-    launch(path.name, path.paths, {path_grid, dim3(unsigned(path.threads)), size_t(path.smem)}, stream, paths);
+    launch(path.name, path.paths, {path_grid, dim3(unsigned(path.threads)), size_t(path.smem)}, stream,
+           paths);
   }
   if (plan.merge) {
     switch (p.q_type) {
-      case DType::f16: launch_merge<half>(l, stream); break;
-      case DType::bf16: launch_merge<bf16>(l, stream); break;
-      default: launch_merge<float>(l, stream); break;
+      case DType::f16:
+        launch_merge<half>(l, stream);
+        break;
+      case DType::bf16:
+        launch_merge<bf16>(l, stream);
+        break;
+      default:
+        launch_merge<float>(l, stream);
+        break;
     }
   }
 }

@@ -2,6 +2,8 @@
 
 namespace tranche::cuda {
 
-TreeAttentionVariant tree_attention_bf16(int head_dim, int64_t rows) { return choose_mma<bf16>(head_dim, rows); }
+TreeAttentionVariant tree_attention_bf16(int head_dim, int64_t rows) {
+  return choose_mma<bf16>(head_dim, rows);
+}
 
 }  // namespace tranche::cuda

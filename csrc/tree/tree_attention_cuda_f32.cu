@@ -7,13 +7,10 @@ namespace {
 template <int kDim, int kThreadRows>
 TreeAttentionVariant ffma_variant() {
   using Traits = FfmaTraits<kDim, kThreadRows>;
-  TreeAttentionVariant variant{"tree_attention_ffma",
-                               tree_attention_ffma<Traits>,
-                               nullptr,
-                               Traits::kThreads,
-                               Traits::kBlockRows,
-                               StreamMemory<Traits>::kBytes,
-                               StoredState<Traits>::kBytes};
+  TreeAttentionVariant variant{
+      "tree_attention_ffma",      tree_attention_ffma<Traits>, nullptr,
+      Traits::kThreads,           Traits::kBlockRows,          StreamMemory<Traits>::kBytes,
+      StoredState<Traits>::kBytes};
   if constexpr (kThreadRows == 2) variant.paths = tree_attention_ffma_paths<Traits>;
   return variant;
 }

@@ -1,8 +1,10 @@
-// The arithmetic of tree_attention for float32: plain fused multiply-adds, since TF32 would round the inputs to 11
-// bits. Every score is four chains over the head size (d mod 4), every output one chain over the keys of a chunk.
+// The arithmetic of tree_attention for float32: plain fused multiply-adds, since TF32 would round the inputs
+// to 11 bits. Every score is four chains over the head size (d mod 4), every output one chain over the keys
+// of a chunk.
 //
-// 16 threads share a row: thread c of them has keys c, c + 16, ... of the tile, and columns 4c..4c+3 of every 64. So
-// a row's maximum is a matter of 16 lanes, and its weights cross shared memory within half a warp.
+// 16 threads share a row: thread c of them has keys c, c + 16, ... of the tile, and columns 4c..4c+3 of
+// every 64. So a row's maximum is a matter of 16 lanes, and its weights cross shared memory within half a
+// warp.
 #pragma once
 
 #include "tree/tree_attention_stream.cuh"
@@ -55,8 +57,9 @@ class FfmaEngine {
       float x = 0.0f;
       if (block.in_use(packed)) {
         const int64_t head = int64_t(block.h) * block.plan.group + packed % block.plan.group;
-        x = static_cast<const float*>(p.q)[block.b * p.q_stride[0] + packed / block.plan.group * p.q_stride[1] +
-                                           head * p.q_stride[2] + d];
+        x = static_cast<const float*>(
+            p.q)[block.b * p.q_stride[0] + packed / block.plan.group * p.q_stride[1] + head * p.q_stride[2] +
+                 d];
       }
       queries_[r * Traits::kRowFloats + d] = x;
     }
@@ -101,8 +104,8 @@ class FfmaEngine {
     uint64_t mask[Traits::kRows];
 #pragma unroll
     for (int r = 0; r < Traits::kRows; ++r) {
-      mask[r] = full ? ~uint64_t(0)
-                     : visible_keys(block_.plan, block_.keys, block_.row(row(r)), block_.b, first);
+      mask[r] =
+          full ? ~uint64_t(0) : visible_keys(block_.plan, block_.keys, block_.row(row(r)), block_.b, first);
     }
     weigh(keys, mask);
     __syncwarp();
@@ -159,7 +162,7 @@ class FfmaEngine {
       float top = chunk.m[r];
 #pragma unroll
       for (int j = 0; j < Traits::kKeys; ++j) {
-        const float(&sum)[4] = sums[r][j];
+        const float (&sum)[4] = sums[r][j];
         float x = ptx::mul((sum[0] + sum[1]) + (sum[2] + sum[3]), map_.factor);
         if (map_.bound > 0.0f) x = map_.cap(x);
         x = (mask[r] >> (part() + j * Traits::kRowThreads)) & 1 ? x : kMinusInfinity;

@@ -1,5 +1,5 @@
-// Joins the partial results of a row, in the order that tree_attention.cuh lays down, and writes the row out. A
-// thread has four columns of a row; the maxima and sums it follows are the same for all threads of the row.
+// Joins the partial results of a row, in the order that tree_attention.cuh lays down, and writes the row out.
+// A thread has four columns of a row; the maxima and sums it follows are the same for all threads of the row.
 #pragma once
 
 #include "tree/tree_attention.cuh"
@@ -99,7 +99,8 @@ class PartialMerger {
 };
 
 template <class T>
-__global__ void __launch_bounds__(MergeTraits::kThreads) tree_attention_merge(const __grid_constant__ TreeAttentionLaunch plan) {
+__global__ void __launch_bounds__(MergeTraits::kThreads)
+    tree_attention_merge(const __grid_constant__ TreeAttentionLaunch plan) {
   const TreeAttentionParams& p = plan.p;
   const int b = int(blockIdx.z), h = int(blockIdx.y);
   const Sequence sequence(plan, b);
@@ -117,12 +118,13 @@ __global__ void __launch_bounds__(MergeTraits::kThreads) tree_attention_merge(co
     merger.add(0, sequence.spans - (open ? 1 : 0), sequence.level, sequence.first_span);
     if (open) merger.resume(sequence.level, sequence.spans - 1);
     if (p.exact) {
-      const int end = sequence.length +
-                      path_length(p.ancestors + (int64_t(b) * p.nodes + node) * p.words, node);
+      const int end =
+          sequence.length + path_length(p.ancestors + (int64_t(b) * p.nodes + node) * p.words, node);
       const int low = p.window > 0 && p.window <= end ? int(end - p.window) : 0;
       const int tail = sequence.length / kChunkSlots;
       const int first = max(tail, low / kChunkSlots);
-      merger.add(plan.slots + 2 + first - tail, (end + kChunkSlots - 1) / kChunkSlots - first, kChunkLevel, first);
+      merger.add(plan.slots + 2 + first - tail, (end + kChunkSlots - 1) / kChunkSlots - first, kChunkLevel,
+                 first);
     }
   }
   const State<MergeTraits>& total = merger.finish();

@@ -1,12 +1,12 @@
 // The arithmetic of tree_attention for float16 and bfloat16: mma.sync m16n8k16, 16 query rows to a warp.
 //
 // kRowWarps warps stand below one another and take 16 rows each. kColumnWarps stand side by side: each of
-// them computes the same scores again, and its own columns of P V. So few rows (decoding) keep four warps busy
-// with the same instructions in the same order as many rows do, and no scores cross shared memory.
+// them computes the same scores again, and its own columns of P V. So few rows (decoding) keep four warps
+// busy with the same instructions in the same order as many rows do, and no scores cross shared memory.
 //
-// A tile's rows are 16-byte units, unit u of row r stored at u ^ (r % 8): the eight rows of an ldmatrix matrix
-// then lie in different banks. Cells of e4m3 arrive as bytes and are widened into one further tile; e4m3 is a
-// subset of both 16-bit types.
+// A tile's rows are 16-byte units, unit u of row r stored at u ^ (r % 8): the eight rows of an ldmatrix
+// matrix then lie in different banks. Cells of e4m3 arrive as bytes and are widened into one further tile;
+// e4m3 is a subset of both 16-bit types.
 #pragma once
 
 #include "tree/tree_attention_stream.cuh"
@@ -27,7 +27,10 @@ struct MmaTraits {
   static constexpr int kUnits = kRowBytes / 16;  // of a row
   static constexpr int kTileBytes = kTile * kRowBytes;
   static constexpr int kStageBytes = 2 * kTileBytes;  // K, then V
-  static constexpr int kScratchBytes = 16;            // which rows of the tile hold non-finite values, twice
+  // A warp's queries stay in registers, unless they would take 64.
+  static constexpr bool kQueriesInShared = kDim > 128;
+  static constexpr int kFlagBytes = 16;  // which rows of the tile hold non-finite values, twice
+  static constexpr int kScratchBytes = kFlagBytes + (kQueriesInShared ? kBlockRows * kRowBytes : 0);
 
   // Layout of State.
   static constexpr int kVectors = kDim / kColumnWarps / 8;
@@ -65,7 +68,8 @@ __device__ __forceinline__ uint32_t widen_pair(uint32_t bytes) {
     const uint32_t byte = (bytes >> (8 * i)) & 0xffu;
     // Exponent and mantissa moved into place, then the bias put right by a product, subnormals included.
     x[i] = ptx::mul(bits_float((byte & 0x7fu) << 20), 1.329227995784916e36f);  // 2^120
-    x[i] = (byte & 0x7fu) == 0x7fu ? bits_float(0x7fc00000u) : bits_float(float_bits(x[i]) | (byte & 0x80u) << 24);
+    x[i] = (byte & 0x7fu) == 0x7fu ? bits_float(0x7fc00000u)
+                                   : bits_float(float_bits(x[i]) | (byte & 0x80u) << 24);
   }
   return ptx::pack<T>(x[0], x[1]);
 }
@@ -78,13 +82,19 @@ class MmaEngine {
   State<Traits> chunk;
 
   __device__ __forceinline__ MmaEngine(const Block& block, unsigned char* scratch)
-      : block_(block), map_(block.plan, block.h), warp_(uniform(int(threadIdx.x) / 32)), bad_rows_(reinterpret_cast<uint32_t*>(scratch)) {
+      : block_(block),
+        map_(block.plan, block.h),
+        warp_(uniform(int(threadIdx.x) / 32)),
+        bad_rows_(reinterpret_cast<uint32_t*>(scratch)),
+        query_tile_(Traits::kQueriesInShared ? scratch + Traits::kFlagBytes : dynamic_smem<unsigned char>()) {
     if (threadIdx.x < 4) bad_rows_[threadIdx.x] = 0;
     working_ = block.in_use(block.first_row + warp_row() * 16);
     load_queries();
   }
 
-  __device__ __forceinline__ int row(int i) const { return block_.first_row + warp_row() * 16 + lane() / 4 + 8 * i; }
+  __device__ __forceinline__ int row(int i) const {
+    return block_.first_row + warp_row() * 16 + lane() / 4 + 8 * i;
+  }
   __device__ __forceinline__ int column(int v) const { return first_column() + v * 8 + lane() % 4 * 2; }
   __device__ __forceinline__ bool writes_stats() const { return warp_column() == 0 && lane() % 4 == 0; }
 
@@ -130,7 +140,8 @@ class MmaEngine {
       softmax<false>(s, mask);
     } else {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) mask[i] = visible_keys(block_.plan, block_.keys, block_.row(ptx::opaque(row(i))), block_.b, first);
+      for (int i = 0; i < 2; ++i)
+        mask[i] = visible_keys(block_.plan, block_.keys, block_.row(ptx::opaque(row(i))), block_.b, first);
       softmax<true>(s, mask);
     }
     accumulate(values, s);
@@ -150,17 +161,18 @@ class MmaEngine {
     return tile + row * Traits::kRowBytes + ((u ^ (row & 7)) * 16);
   }
 
-  // Stages of bytes are half as large: all lie in the first half of the ring, the widened tile in its last stage.
+  // Stages of bytes are half as large: all lie in the first half of the ring, the widened tile in its last
+  // stage.
   __device__ __forceinline__ static unsigned char* byte_stage(unsigned char* stage) {
     unsigned char* ring = dynamic_smem<unsigned char>();
     return ring + (stage - ring) / 2;
   }
 
-  // Through the ring, which is still empty: row by row, 16 bytes at a time, and from there as A operands.
+  // Row by row, 16 bytes at a time; into registers by way of the ring, which is still empty.
   __device__ __forceinline__ void load_queries() {
     const TreeAttentionParams& p = block_.plan.p;
-    unsigned char* tile = dynamic_smem<unsigned char>();
-    static_assert(Traits::kBlockRows * Traits::kRowBytes <= Traits::kStages * Traits::kStageBytes);
+    static_assert(Traits::kQueriesInShared ||
+                  Traits::kBlockRows * Traits::kRowBytes <= Traits::kStages * Traits::kStageBytes);
 #pragma unroll 1
     for (int i = int(threadIdx.x); i < Traits::kBlockRows * Traits::kUnits; i += Traits::kThreads) {
       const int packed = block_.first_row + i / Traits::kUnits, u = i % Traits::kUnits;
@@ -175,12 +187,20 @@ class MmaEngine {
           x = gather<2>(reinterpret_cast<const unsigned char*>(source), true);
         }
       }
-      *reinterpret_cast<uint4*>(unit(tile, i / Traits::kUnits, u)) = x;
+      *reinterpret_cast<uint4*>(unit(query_tile_, i / Traits::kUnits, u)) = x;
     }
     __syncthreads();
-    const int row = warp_row() * 16 + lane() / 8 % 2 * 8 + lane() % 8;
+    if constexpr (!Traits::kQueriesInShared) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) ptx::ldmatrix_x4(queries_[step], unit(tile, row, step * 2 + lane() / 16));
+      for (int step = 0; step < kSteps; ++step) load_query(step, queries_[step]);
+    }
+  }
+
+  // The A operand of a step: rows 0..7 and 8..15, columns 0..7, then the same of columns 8..15.
+  __device__ __forceinline__ void load_query(int step, uint32_t (&a)[4]) const {
+    const int own = ptx::opaque(lane());
+    const int row = warp_row() * 16 + own / 8 % 2 * 8 + own % 8;
+    ptx::ldmatrix_x4(a, unit(query_tile_, row, step * 2 + own / 16));
   }
 
   // kBytes: of an element. A unit is 16 bytes as stored in the cache.
@@ -210,8 +230,8 @@ class MmaEngine {
         const int row = i % units / kRowUnits, u = i % kRowUnits;
         const int64_t offset = offsets[row * 2 + (is_value ? 1 : 0)];
         unsigned char* tile = is_value ? values : keys;
-        *reinterpret_cast<uint4*>(kBytes == 2 ? unit(tile, row, u) : tile + i % units * 16) =
-            gather<kBytes>((is_value ? v_cache : k_cache) + offset * kBytes + u * 16, offset >= 0 && u < used_units);
+        *reinterpret_cast<uint4*>(kBytes == 2 ? unit(tile, row, u) : tile + i % units * 16) = gather<kBytes>(
+            (is_value ? v_cache : k_cache) + offset * kBytes + u * 16, offset >= 0 && u < used_units);
       }
     }
   }
@@ -248,8 +268,8 @@ class MmaEngine {
     }
   }
 
-  // 0 * NaN is NaN in an MMA, and some rows do not see all values of this tile: what is not finite is taken out
-  // of the tile. Returns the keys concerned, to every thread.
+  // 0 * NaN is NaN in an MMA, and some rows do not see all values of this tile: what is not finite is taken
+  // out of the tile. Returns the keys concerned, to every thread.
   __device__ __forceinline__ uint64_t clear_non_finite(unsigned char* values) {
     uint32_t* bad = bad_rows_ + 2 * parity_;
     for (int i = ptx::opaque(int(threadIdx.x)); i < Traits::kTile * Traits::kUnits; i += Traits::kThreads) {
@@ -301,12 +321,19 @@ class MmaEngine {
     const int row = own / 16 * 8 + own % 8, half_unit = own / 8 % 2;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
+      uint32_t q[4];
+      if constexpr (Traits::kQueriesInShared) {
+        load_query(step, q);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) q[i] = queries_[step][i];
+      }
 #pragma unroll
       for (int j = 0; j < kScoreGroups; j += 2) {
         uint32_t k[4];
         ptx::ldmatrix_x4(k, unit(keys, j * 8 + row, step * 2 + half_unit));
-        ptx::mma_m16n8k16<T>(s[j], queries_[step], {k[0], k[1]});
-        ptx::mma_m16n8k16<T>(s[j + 1], queries_[step], {k[2], k[3]});
+        ptx::mma_m16n8k16<T>(s[j], q, {k[0], k[1]});
+        ptx::mma_m16n8k16<T>(s[j + 1], q, {k[2], k[3]});
       }
     }
   }
@@ -368,8 +395,8 @@ class MmaEngine {
     const int first_unit = first_column() / 8 + own / 16;
 #pragma unroll
     for (int group = 0; group < kScoreGroups / 2; ++group) {
-      const float(&left)[4] = p[2 * group];
-      const float(&right)[4] = p[2 * group + 1];
+      const float (&left)[4] = p[2 * group];
+      const float (&right)[4] = p[2 * group + 1];
       const uint32_t weights[4] = {ptx::pack<T>(left[0], left[1]), ptx::pack<T>(left[2], left[3]),
                                    ptx::pack<T>(right[0], right[1]), ptx::pack<T>(right[2], right[3])};
       ptx::mma_m16n8k16<T>(sum_, weights, {one, one});
@@ -390,7 +417,8 @@ class MmaEngine {
   int parity_ = 0;
   bool working_;
   float sum_[4];
-  uint32_t queries_[kSteps][4];
+  unsigned char* query_tile_;
+  uint32_t queries_[Traits::kQueriesInShared ? 1 : kSteps][4];
 };
 
 template <class Traits>

@@ -1,11 +1,11 @@
-// How a block walks its keys: which spans it takes, the ring of tiles in shared memory that cp.async fills ahead
-// of the arithmetic, and where partial results go. The arithmetic is an Engine (tree_attention_mma.cuh,
+// How a block walks its keys: which spans it takes, the ring of tiles in shared memory that cp.async fills
+// ahead of the arithmetic, and where partial results go. The arithmetic is an Engine (tree_attention_mma.cuh,
 // tree_attention_ffma.cuh):
 //
-//   Engine::Traits         kThreads, kBlockRows, kTile, kStages, kStageBytes, kScratchBytes and the Layout of State
-//   Engine(block, smem)    loads the block's rows of q; smem: kScratchBytes of shared memory
-//   copy(stage, offsets)   starts the copy of a tile whose rows are at these offsets (of k and v, in elements; < 0: zeros)
-//   begin_chunk(), tile(stage, first, full), end_chunk()    a fresh state, in `chunk`
+//   Engine::Traits         kThreads, kBlockRows, kTile, kStages, kStageBytes, kScratchBytes and the Layout of
+//   State Engine(block, smem)    loads the block's rows of q; smem: kScratchBytes of shared memory
+//   copy(stage, offsets)   starts the copy of a tile whose rows are at these offsets (of k and v, in
+//   elements; < 0: zeros) begin_chunk(), tile(stage, first, full), end_chunk()    a fresh state, in `chunk`
 //   row(i), column(v)      what acc[v] and m[i], l[i] are of
 //   writes_stats()         whether this thread is the one of its row to write m, l and lse
 #pragma once
@@ -56,7 +56,8 @@ struct Block {
   __device__ __forceinline__ int page(int position) const {
     const TreeAttentionParams& p = plan.p;
     if (p.block_table == nullptr) return b;
-    return clamp_int(p.block_table[b * p.block_table_stride + slot(position) / p.page_size], 0, p.num_pages - 1);
+    return clamp_int(p.block_table[b * p.block_table_stride + slot(position) / p.page_size], 0,
+                     p.num_pages - 1);
   }
 
   // Where the row of a key on `page` begins, in elements.
@@ -67,7 +68,8 @@ struct Block {
   }
 };
 
-// Position t of 0, 1, ... of the path of a node: its ancestors in order of index, which is the order of depth.
+// Position t of 0, 1, ... of the path of a node: its ancestors in order of index, which is the order of
+// depth.
 template <int kThreads>
 __device__ __forceinline__ void list_path(const int64_t* ancestors, int node, int16_t* path) {
   for (int j = int(threadIdx.x); j <= node; j += kThreads) {
@@ -96,8 +98,8 @@ class Stream {
     running_ = reinterpret_cast<Float4*>(block.plan.running) + index * 2 * kStored;
   }
 
-  // Chunks [begin, end) of the sequence, which are a span of the level, go to partial result `slot`, or out. If
-  // the second pass of exact is to continue them (`open`), the states of all levels are written apart.
+  // Chunks [begin, end) of the sequence, which are a span of the level, go to partial result `slot`, or out.
+  // If the second pass of exact is to continue them (`open`), the states of all levels are written apart.
   __device__ __forceinline__ void run(int begin, int end, int level, bool open, int slot) {
     used_ = 0;
     const int top = max(level - kQuadLevel, 0);
@@ -130,11 +132,13 @@ class Stream {
   // 0: the quad's state, 1: the segment's, 2: the sequence's. Bits of used_ say which there are.
   __device__ __forceinline__ StoredState<Traits> stored(int target) const {
     constexpr int kStored = StoredState<Traits>::kBytes / int(sizeof(Float4));
-    return {target == 0 ? reinterpret_cast<Float4*>(smem_ + Memory::kQuad) : running_ + (target - 1) * kStored};
+    return {target == 0 ? reinterpret_cast<Float4*>(smem_ + Memory::kQuad)
+                        : running_ + (target - 1) * kStored};
   }
 
-  // The chunk in registers joins its quad, a completed quad its segment, and so on. `chunks` are done, the last of
-  // them wholly if `complete`. If the span ends here (`finishing`) its state is left in the registers.
+  // The chunk in registers joins its quad, a completed quad its segment, and so on. `chunks` are done, the
+  // last of them wholly if `complete`. If the span ends here (`finishing`) its state is left in the
+  // registers.
   __device__ __forceinline__ void join(int chunks, bool complete, bool finishing, int top) {
 #pragma unroll 1
     for (int target = 0; target <= top; ++target) {
@@ -225,8 +229,8 @@ class Stream {
 #pragma unroll 1
     for (int t = first; t < last + kStages - 1; ++t) {
       const int now = t - (kStages - 1);
-      // Tile t + 1 is copied in the next turn: its pages are looked up now, in the shadow of the arithmetic, and
-      // written behind it.
+      // Tile t + 1 is copied in the next turn: its pages are looked up now, in the shadow of the arithmetic,
+      // and written behind it.
       const bool looks_up = now >= first && thread < kTile;
       const int position = (t + 1) * kTile + thread;
       int page = 0;
@@ -278,8 +282,15 @@ __device__ __forceinline__ void attend_first(const TreeAttentionLaunch& plan) {
   const int low = p.window > 0 && p.window <= length ? int(length - p.window + 1) : 0;
   const int full_from = p.window > 0 && p.window <= end ? int(end - p.window) : 0;
   const int first_row = row_block * Traits::kBlockRows;
-  const Block block{plan,      sequence, {length, end, low, full_from}, b, h, first_row,
-                    min(first_row + Traits::kBlockRows, plan.rows), -1,  nullptr};
+  const Block block{plan,
+                    sequence,
+                    {length, end, low, full_from},
+                    b,
+                    h,
+                    first_row,
+                    min(first_row + Traits::kBlockRows, plan.rows),
+                    -1,
+                    nullptr};
   const bool idle = first_row / plan.group >= sequence.nodes;
   if (idle && !sequence.direct) return;
 
@@ -313,8 +324,15 @@ __device__ __forceinline__ void attend_paths(const TreeAttentionLaunch& plan) {
   list_path<Traits::kThreads>(ancestors, node, path);
   __syncthreads();
 
-  const Block block{plan, sequence, {end, end, low, low}, b, h, first_row,
-                    min(first_row + Traits::kBlockRows, (node + 1) * plan.group), node, path};
+  const Block block{plan,
+                    sequence,
+                    {end, end, low, low},
+                    b,
+                    h,
+                    first_row,
+                    min(first_row + Traits::kBlockRows, (node + 1) * plan.group),
+                    node,
+                    path};
   Stream<Engine> stream(block, smem);
   const int tail = sequence.length / kChunkSlots;
   for (int chunk = max(tail, low / kChunkSlots); chunk * kChunkSlots < end; ++chunk) {

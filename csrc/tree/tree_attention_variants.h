@@ -1,5 +1,5 @@
-// The instantiations of tree_attention's kernels, as its planner sees them. Each type is compiled in a file of its
-// own: they take nvcc about as long.
+// The instantiations of tree_attention's kernels, as its planner sees them. Each type is compiled in a file
+// of its own: they take nvcc about as long.
 #pragma once
 
 #include "tree/tree_attention.cuh"
@@ -9,15 +9,16 @@ namespace tranche::cuda {
 struct TreeAttentionVariant {
   const char* name;
   void (*kernel)(TreeAttentionLaunch);
-  void (*paths)(TreeAttentionLaunch);  // exact's second pass; null unless this variant is the one for few rows
+  void (*paths)(
+      TreeAttentionLaunch);  // exact's second pass; null unless this variant is the one for few rows
   int threads;
   int rows;          // packed rows of a block
   int smem;          // bytes
   int stored_bytes;  // of a stored state
 };
 
-// The variant for a head size and this many packed rows. All that a head size has share the MMA instruction, tile,
-// chunk and order of sums. One for one row always walks paths.
+// The variant for a head size and this many packed rows. All that a head size has share the MMA instruction,
+// tile, chunk and order of sums. One for one row always walks paths.
 TreeAttentionVariant tree_attention_f16(int head_dim, int64_t rows);
 TreeAttentionVariant tree_attention_bf16(int head_dim, int64_t rows);
 TreeAttentionVariant tree_attention_f32(int head_dim, int64_t rows);

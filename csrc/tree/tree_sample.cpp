@@ -19,11 +19,12 @@ void check_logits(const TensorChecks& check, const Tensor& logits) {
   check.dtype("logits", logits, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
   check.last_contiguous("logits", logits);
   const int64_t vocab = logits.size(logits.dim() - 1);
-  check.that(vocab >= 1 && vocab <= kMaxVocab, concat("logits.size(-1) in [1, ", kMaxVocab, "]"), concat(vocab),
-             "A row holds one logit per token of the vocabulary.");
+  check.that(vocab >= 1 && vocab <= kMaxVocab, concat("logits.size(-1) in [1, ", kMaxVocab, "]"),
+             concat(vocab), "A row holds one logit per token of the vocabulary.");
 }
 
-void check_sampling(const TensorChecks& check, const SamplingTensors& s, int64_t batch, const Tensor& logits) {
+void check_sampling(const TensorChecks& check, const SamplingTensors& s, int64_t batch,
+                    const Tensor& logits) {
   check.exactly("temperature", s.temperature, ScalarType::Float, {batch}, "[B]", "logits", logits);
   check.exactly("top_k", s.top_k, ScalarType::Int, {batch}, "[B]", "logits", logits);
   check.exactly("top_p", s.top_p, ScalarType::Float, {batch}, "[B]", "logits", logits);
@@ -69,8 +70,8 @@ void run(TreeSampleParams& params, const Tensor& logits, const SamplingTensors& 
   const Tensor scratch = empty_on(logits, {space.scratch}, ScalarType::Byte);
   params.zeroed = zeroed.mutable_data_ptr();
   params.scratch = scratch.mutable_data_ptr();
-  RUN_KERNEL(tree_sample, params, logits, s.temperature, s.top_k, s.top_p, s.seed, s.position, zeroed, scratch,
-             others...);
+  RUN_KERNEL(tree_sample, params, logits, s.temperature, s.top_k, s.top_p, s.seed, s.position, zeroed,
+             scratch, others...);
 }
 
 Tensor tree_sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
@@ -115,8 +116,9 @@ std::tuple<Tensor, Tensor, Tensor> tree_verify_sample(const Tensor& tokens, cons
   return {path, length, next_token};
 }
 
-REGISTER_OP(tree_sample,
-            "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed, Tensor position) -> Tensor")
+REGISTER_OP(
+    tree_sample,
+    "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed, Tensor position) -> Tensor")
 REGISTER_OP(tree_verify_sample,
             "(Tensor tokens, Tensor parent, Tensor n_nodes, Tensor logits, Tensor temperature, Tensor top_k, "
             "Tensor top_p, Tensor seed, Tensor position) -> (Tensor path, Tensor length, Tensor next_token)")

@@ -1,5 +1,5 @@
-// Drawing tokens from rows of logits, and walking a draft tree by such draws: what the kernel of tree_sample and
-// tree_verify_sample receives.
+// Drawing tokens from rows of logits, and walking a draft tree by such draws: what the kernel of tree_sample
+// and tree_verify_sample receives.
 #pragma once
 
 #include <cstdint>
@@ -9,15 +9,15 @@
 
 namespace tranche {
 
-// Sizes: B sequences, N <= 1024 nodes per tree, V <= 2^24 tokens in the vocabulary. tree_sample is the walk of
-// trees of one node: N = 1, and null for whatever belongs to trees.
+// Sizes: B sequences, N <= 1024 nodes per tree, V <= 2^24 tokens in the vocabulary. tree_sample is the walk
+// of trees of one node: N = 1, and null for whatever belongs to trees.
 //
 // The walk of sequence b begins at node 0. At a node of depth d a token is drawn from the node's row with the
-// random bits of (seed[b], position[b] + d); the first child with that token is the next node, and where there is
-// none the walk ends and next_token is the token. Rows that the walk does not visit are not read.
-// n_nodes is clamped to [0, N]; with 0 the sequence gets path -1, length 0 and next_token -1. A parent entry that
-// is no parent (see TreeAncestorsParams) counts as 0. A temperature that is not above 0 is greedy; top_k <= 0 and
-// top_p >= 1 or NaN keep all tokens; top_p <= 0 keeps one.
+// random bits of (seed[b], position[b] + d); the first child with that token is the next node, and where
+// there is none the walk ends and next_token is the token. Rows that the walk does not visit are not read.
+// n_nodes is clamped to [0, N]; with 0 the sequence gets path -1, length 0 and next_token -1. A parent entry
+// that is no parent (see TreeAncestorsParams) counts as 0. A temperature that is not above 0 is greedy; top_k
+// <= 0 and top_p >= 1 or NaN keep all tokens; top_p <= 0 keeps one.
 struct TreeSampleParams {
   const void* logits;        // [B, N, V]
   const int64_t* tokens;     // [B, N] or null

@@ -1,7 +1,7 @@
-// A row is read two times, or three when something cuts it, a block of tokens at a time: the largest logit; the
-// weight and the count of each interval of y, which tell where the cut falls; the kept weight of each block, and
-// the few tokens of the interval that the cut divides. Then the drawn token's block is read once more.
-// See tree_sampling.h for the rule.
+// A row is read two times, or three when something cuts it, a block of tokens at a time: the largest logit;
+// the weight and the count of each interval of y, which tell where the cut falls; the kept weight of each
+// block, and the few tokens of the interval that the cut divides. Then the drawn token's block is read once
+// more. See tree_sampling.h for the rule.
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "core/simd.h"
@@ -83,17 +83,18 @@ Crossing crossing(int64_t count, uint64_t limit, const Measure& measure) {
   return {count, before};
 }
 
-// The rank of the candidate at which the sum of `measure`, in the order of ranks, reaches `limit` (which it does).
-// Leaves the candidates partly ordered.
+// The rank of the candidate at which the sum of `measure`, in the order of ranks, reaches `limit` (which it
+// does). Leaves the candidates partly ordered.
 template <class Measure>
 uint64_t rank_at(Candidate* candidates, int64_t count, uint64_t limit, const Measure& measure) {
   int64_t low = 0, high = count;
   while (high - low > 1) {
-    const uint64_t a = candidates[low].rank, b = candidates[(low + high) / 2].rank, c = candidates[high - 1].rank;
+    const uint64_t a = candidates[low].rank, b = candidates[(low + high) / 2].rank,
+                   c = candidates[high - 1].rank;
     const uint64_t smaller = a < b ? a : b, larger = a < b ? b : a;
     const uint64_t pivot = c < smaller ? smaller : (c < larger ? c : larger);
-    // No two ranks are equal: of three and more candidates the pivot goes left and the larger one of its three
-    // stays right. Of two, the pivot may be the larger, and nothing stays right.
+    // No two ranks are equal: of three and more candidates the pivot goes left and the larger one of its
+    // three stays right. Of two, the pivot may be the larger, and nothing stays right.
     int64_t split = low;
     uint64_t left = 0;
     for (int64_t i = low; i < high; ++i) {
@@ -113,7 +114,8 @@ uint64_t rank_at(Candidate* candidates, int64_t count, uint64_t limit, const Mea
       continue;
     }
     const int64_t first = candidates[low].rank < candidates[low + 1].rank ? low : low + 1;
-    return limit <= measure(candidates[first]) ? candidates[first].rank : candidates[low + low + 1 - first].rank;
+    return limit <= measure(candidates[first]) ? candidates[first].rank
+                                               : candidates[low + low + 1 - first].rank;
   }
   return candidates[low].rank;
 }
@@ -130,7 +132,11 @@ template <class T>
 class RowSampler {
  public:
   RowSampler(const T* row, int64_t vocab, RowScale scale, const Scratch& scratch)
-      : row_(row), vocab_(vocab), blocks_((vocab + kRowBlock - 1) / kRowBlock), scale_(scale), scratch_(scratch) {}
+      : row_(row),
+        vocab_(vocab),
+        blocks_((vocab + kRowBlock - 1) / kRowBlock),
+        scale_(scale),
+        scratch_(scratch) {}
 
   int64_t draw(const Sampling& sampling, uint64_t bits) {
     if (sampling.cuts_count(int32_t(vocab_)) || sampling.cuts_mass()) {
@@ -251,7 +257,8 @@ class RowSampler {
 };
 
 template <class T>
-int64_t sample_row(const T* row, int64_t vocab, const Sampling& sampling, uint64_t bits, const Scratch& scratch) {
+int64_t sample_row(const T* row, int64_t vocab, const Sampling& sampling, uint64_t bits,
+                   const Scratch& scratch) {
   const float max = largest(row, vocab);
   if (sampling.greedy() || !(max > -kInf)) return first_largest(row, vocab, max);
   RowSampler<T> sampler(row, vocab, {max, kLog2E / sampling.temperature}, scratch);
@@ -305,9 +312,15 @@ void tree_sample(const TreeSampleParams& p) {
     const Scratch scratch = Scratch::at(p.scratch, task, p.vocab);
     for (int64_t b = task; b < p.batch; b += tasks) {
       switch (p.type) {
-        case DType::f16: one_sequence<half>(p, b, scratch); break;
-        case DType::bf16: one_sequence<bf16>(p, b, scratch); break;
-        default: one_sequence<float>(p, b, scratch); break;
+        case DType::f16:
+          one_sequence<half>(p, b, scratch);
+          break;
+        case DType::bf16:
+          one_sequence<bf16>(p, b, scratch);
+          break;
+        default:
+          one_sequence<float>(p, b, scratch);
+          break;
       }
     }
   });

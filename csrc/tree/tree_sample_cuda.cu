@@ -19,7 +19,8 @@ void run(const TreeSampleParams& p, void* stream) {
   const TreeSampleLaunch params = {p, tiles_of(p), chunks_of(p)};
   const int64_t tickets_at_once = int64_t(p.batch) * params.chunks;
   const unsigned blocks = unsigned(tickets_at_once < 1024 ? tickets_at_once : 1024);
-  launch("tree_sample", tree_sample_kernel<T>, {dim3(blocks), dim3(TreeSampleTraits::kThreads)}, stream, params);
+  launch("tree_sample", tree_sample_kernel<T>, {dim3(blocks), dim3(TreeSampleTraits::kThreads)}, stream,
+         params);
 }
 
 }  // namespace
@@ -30,9 +31,15 @@ TreeSampleSpace tree_sample_space(const TreeSampleParams& p) {
 
 void tree_sample(const TreeSampleParams& p, void* stream) {
   switch (p.type) {
-    case DType::f16: run<half>(p, stream); break;
-    case DType::bf16: run<bf16>(p, stream); break;
-    default: run<float>(p, stream); break;
+    case DType::f16:
+      run<half>(p, stream);
+      break;
+    case DType::bf16:
+      run<bf16>(p, stream);
+      break;
+    default:
+      run<float>(p, stream);
+      break;
   }
 }
 

@@ -21,8 +21,8 @@ constexpr float kLeastExponent = -float(kWeightBits);  // y of a live token is a
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kMaxVocab = 1 << 24;  // weights of as many tokens add up in 64 bits
 
-// Tokens are first told apart by intervals of y, of 1/16 octave each: a partition that respects rank(), in which
-// the one interval that a cut falls into holds few tokens.
+// Tokens are first told apart by intervals of y, of 1/16 octave each: a partition that respects rank(), in
+// which the one interval that a cut falls into holds few tokens.
 constexpr float kBinsPerOctave = 16.0f;
 constexpr int kBins = kWeightBits * int(kBinsPerOctave);
 
@@ -57,8 +57,8 @@ TRANCHE_HD float rounded_fma(float a, float b, float c) {
 #endif
 }
 
-// As a scalar what simd.h's vexp2<6> is for vectors: the same polynomial and so the same bits wherever fma is one
-// rounding. For -126 <= x <= 0.
+// As a scalar what simd.h's vexp2<6> is for vectors: the same polynomial and so the same bits wherever fma is
+// one rounding. For -126 <= x <= 0.
 TRANCHE_HD float exp2_of(float x) {
   const float shifted = x + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in its low bits
   const float f = x - (shifted - 12582912.0f);

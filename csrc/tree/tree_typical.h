@@ -13,8 +13,8 @@ namespace tranche {
 // 2^y of tokens at or below this is left out of sums: it would be subnormal.
 constexpr float kLeastTypicalExponent = -126.0f;
 
-// From the sums over all tokens of 2^y and of y * 2^y, and log2 of the first. Without any token (log_sum is -inf)
-// nothing is accepted.
+// From the sums over all tokens of 2^y and of y * 2^y, and log2 of the first. Without any token (log_sum is
+// -inf) nothing is accepted.
 TRANCHE_HD TypicalRow typical_row(const TreeVerifyTypicalParams& p, float max, float sum, float moment,
                                   float log_sum) {
   const float log_inverse_entropy = sum > 0.0f ? moment / sum - log_sum : 0.0f;  // log2 of exp(-H), at most 0
@@ -37,9 +37,9 @@ TRANCHE_HD float typical_edge(const TreeVerifyTypicalParams& p, const TypicalRow
   return probability > row.threshold ? exponent : refused;
 }
 
-// The path through taken edges to the best node: the deepest, of equally deep ones that of the greatest sum of
-// edges, of these the first. On entry `sums` holds the edges and `depths` the parents of the nodes in use; they are
-// overwritten. One thread's work.
+// The path through taken edges to the best node: the deepest, of equally deep ones that of the greatest sum
+// of edges, of these the first. On entry `sums` holds the edges and `depths` the parents of the nodes in use;
+// they are overwritten. One thread's work.
 TRANCHE_HD void typical_path(const TreeVerifyTypicalParams& p, int64_t b, float* sums, int32_t* depths) {
   const int64_t row = b * p.nodes;
   const int32_t count = clamped_count(p.n_nodes[b], p.nodes);

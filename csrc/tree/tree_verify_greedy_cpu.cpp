@@ -1,5 +1,5 @@
-// One pass in order: a node is on the path when its parent is the path's last node and its token the target's.
-// Parents come before their children, and once a child is taken its later siblings no longer match.
+// One pass in order: a node is on the path when its parent is the path's last node and its token the
+// target's. Parents come before their children, and once a child is taken its later siblings no longer match.
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "tree/tree_verify_greedy.h"

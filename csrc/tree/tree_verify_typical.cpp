@@ -9,19 +9,20 @@ namespace tranche {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> tree_verify_typical(const Tensor& tokens, const Tensor& parent,
-                                                       const Tensor& n_nodes, const Tensor& logits, double epsilon,
-                                                       double delta, double temperature) {
+                                                       const Tensor& n_nodes, const Tensor& logits,
+                                                       double epsilon, double delta, double temperature) {
   const TensorChecks check("tree_verify_typical");
   check.dim("logits", logits, 3, "[B, N, V]");
   check.dtype("logits", logits, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
   check.last_contiguous("logits", logits);
   const int64_t batch = logits.size(0), nodes = logits.size(1), vocab = logits.size(2);
-  check.that(vocab >= 1 && vocab <= kMaxVocab, concat("logits.size(-1) in [1, ", kMaxVocab, "]"), concat(vocab),
-             "A row holds one logit per token of the vocabulary.");
+  check.that(vocab >= 1 && vocab <= kMaxVocab, concat("logits.size(-1) in [1, ", kMaxVocab, "]"),
+             concat(vocab), "A row holds one logit per token of the vocabulary.");
   check_walk(check, tokens, parent, n_nodes, "logits", logits);
   check.that(std::isfinite(temperature) && temperature > 0, "a finite temperature > 0", concat(temperature),
              "Use verify_greedy for temperature 0.");
-  check.that(epsilon >= 0, "epsilon >= 0", concat(epsilon), "It is the least probability that is always enough.");
+  check.that(epsilon >= 0, "epsilon >= 0", concat(epsilon),
+             "It is the least probability that is always enough.");
   check.that(delta >= 0, "delta >= 0", concat(delta), "It is what exp(-entropy) is multiplied with.");
 
   Tensor path = empty_on(logits, {batch, nodes}, ScalarType::Int);
@@ -30,8 +31,8 @@ std::tuple<Tensor, Tensor, Tensor> tree_verify_typical(const Tensor& tokens, con
   if (batch == 0) return {path, length, next_token};
   const Tensor edge = empty_on(logits, {batch, nodes}, ScalarType::Float);
   const Tensor largest = empty_on(logits, {batch, nodes}, ScalarType::Int);
-  const Tensor arrived = torch::stable::new_zeros(
-      logits, torch::headeronly::IntHeaderOnlyArrayRef(&batch, 1), ScalarType::Int);
+  const Tensor arrived =
+      torch::stable::new_zeros(logits, torch::headeronly::IntHeaderOnlyArrayRef(&batch, 1), ScalarType::Int);
 
   TreeVerifyTypicalParams params{};
   params.logits = logits.const_data_ptr();
@@ -53,8 +54,8 @@ std::tuple<Tensor, Tensor, Tensor> tree_verify_typical(const Tensor& tokens, con
   params.delta = float(delta);
   params.factor = float(kLog2E / temperature);
   params.type = dtype_of_tensor(logits);
-  RUN_KERNEL(tree_verify_typical, params, logits, tokens, parent, n_nodes, path, length, next_token, edge, largest,
-             arrived);
+  RUN_KERNEL(tree_verify_typical, params, logits, tokens, parent, n_nodes, path, length, next_token, edge,
+             largest, arrived);
   return {path, length, next_token};
 }
 

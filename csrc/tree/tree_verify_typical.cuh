@@ -1,6 +1,6 @@
-// One block per node reads the node's row, twice, and judges its children; the last block of a sequence to arrive
-// finds the path. Rows of nodes that turn out not to be accepted are read too: the blocks need not wait for one
-// another.
+// One block per node reads the node's row, twice, and judges its children; the last block of a sequence to
+// arrive finds the path. Rows of nodes that turn out not to be accepted are read too: the blocks need not
+// wait for one another.
 #pragma once
 
 #include "core/launch.cuh"
@@ -45,7 +45,8 @@ __device__ uint64_t typical_largest(const T* row, int32_t vocab, uint64_t* warps
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = best;
   __syncthreads();
   best = warps[0];
-  for (int warp = 1; warp < TreeVerifyTypicalTraits::kWarps; ++warp) best = warps[warp] > best ? warps[warp] : best;
+  for (int warp = 1; warp < TreeVerifyTypicalTraits::kWarps; ++warp)
+    best = warps[warp] > best ? warps[warp] : best;
   return best;
 }
 
@@ -89,7 +90,8 @@ __global__ void __launch_bounds__(TreeVerifyTypicalTraits::kThreads)
       const TypicalRow read = typical_read(p, row, max, warp_sums);
       for (int32_t i = node + 1 + thread; i < count; i += kThreads) {
         if (parent_of(parents, i) != node) continue;
-        p.edge[base + i] = nothing_live ? bits_float(0x7fc00000u) : typical_edge(p, read, row, p.tokens[base + i]);
+        p.edge[base + i] =
+            nothing_live ? bits_float(0x7fc00000u) : typical_edge(p, read, row, p.tokens[base + i]);
       }
     }
   }

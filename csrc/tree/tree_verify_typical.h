@@ -10,9 +10,9 @@ namespace tranche {
 
 // Sizes: B sequences, N <= 1024 nodes per tree, V <= 2^24 tokens in the vocabulary.
 //
-// With p = softmax(logits / temperature) of a node and H its entropy in nats, the edge to a child is taken when
-// p(its token) > min(epsilon, delta * exp(-H)). A node is accepted when all edges from the root to it are taken.
-// Clamps and empty trees as in TreeSampleParams.
+// With p = softmax(logits / temperature) of a node and H its entropy in nats, the edge to a child is taken
+// when p(its token) > min(epsilon, delta * exp(-H)). A node is accepted when all edges from the root to it
+// are taken. Clamps and empty trees as in TreeSampleParams.
 struct TreeVerifyTypicalParams {
   const void* logits;      // [B, N, V]
   const int64_t* tokens;   // [B, N]
@@ -28,11 +28,11 @@ struct TreeVerifyTypicalParams {
   int64_t logits_stride[2];  // of B and N, in elements; a row is contiguous, and so are all other tensors
   int32_t batch, nodes, vocab;
   float epsilon, delta, factor;  // factor: log2(e) / temperature
-  DType type;  // f32, f16 or bf16
+  DType type;                    // f32, f16 or bf16
 };
 
-// What a node's row says: the largest logit, log2 of the sum of 2^y over all tokens with y as in tree_sampling.h,
-// and the least probability at which a child is accepted.
+// What a node's row says: the largest logit, log2 of the sum of 2^y over all tokens with y as in
+// tree_sampling.h, and the least probability at which a child is accepted.
 struct TypicalRow {
   float max, log_sum, threshold;
 };

@@ -1,5 +1,5 @@
-// Nodes in order, so that a row is read only if its node is accepted: twice where it has children, once (for the
-// largest logit) where it has none.
+// Nodes in order, so that a row is read only if its node is accepted: twice where it has children, once (for
+// the largest logit) where it has none.
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "core/simd.h"
@@ -79,9 +79,15 @@ void one_sequence(const TreeVerifyTypicalParams& p, int64_t b) {
 void tree_verify_typical(const TreeVerifyTypicalParams& p) {
   parallel_for(p.batch, [&](int64_t b) {
     switch (p.type) {
-      case DType::f16: one_sequence<half>(p, b); break;
-      case DType::bf16: one_sequence<bf16>(p, b); break;
-      default: one_sequence<float>(p, b); break;
+      case DType::f16:
+        one_sequence<half>(p, b);
+        break;
+      case DType::bf16:
+        one_sequence<bf16>(p, b);
+        break;
+      default:
+        one_sequence<float>(p, b);
+        break;
     }
   });
 }

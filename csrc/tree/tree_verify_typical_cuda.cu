@@ -8,17 +8,23 @@ template <class T>
 void run(const TreeVerifyTypicalParams& p, void* stream) {
   // A tree without nodes still needs the block that says so.
   const dim3 grid(unsigned(p.batch), unsigned(p.nodes > 0 ? p.nodes : 1));
-  launch("tree_verify_typical", tree_verify_typical_kernel<T>, {grid, dim3(TreeVerifyTypicalTraits::kThreads)},
-         stream, p);
+  launch("tree_verify_typical", tree_verify_typical_kernel<T>,
+         {grid, dim3(TreeVerifyTypicalTraits::kThreads)}, stream, p);
 }
 
 }  // namespace
 
 void tree_verify_typical(const TreeVerifyTypicalParams& p, void* stream) {
   switch (p.type) {
-    case DType::f16: run<half>(p, stream); break;
-    case DType::bf16: run<bf16>(p, stream); break;
-    default: run<float>(p, stream); break;
+    case DType::f16:
+      run<half>(p, stream);
+      break;
+    case DType::bf16:
+      run<bf16>(p, stream);
+      break;
+    default:
+      run<float>(p, stream);
+      break;
   }
 }
 

@@ -559,6 +559,28 @@ def test_log2_approx(backend: str, rng: np.random.Generator) -> None:
     same_floats(out, np.array([-np.inf, -np.inf, np.inf, np.nan, np.nan, -np.inf, 0, 3], np.float32))
 
 
+def test_reciprocal_approx(backend: str, rng: np.random.Generator) -> None:
+    a = np.exp2(rng.uniform(-125, 125, 5000)).astype(np.float32)
+    a[::2] *= -1
+    out = run_map(backend, "reciprocal_approx", a, a, a).view(np.float32)
+    exact = 1 / a.astype(np.float64)
+    assert (np.abs(out - exact) <= np.abs(exact) * 2.0**-23).all()
+    a = np.array([0, -0.0, np.inf, -np.inf, np.nan, 1e-40, 1, -4], np.float32)
+    out = run_map(backend, "reciprocal_approx", a, a, a).view(np.float32)
+    same_floats(out, np.array([np.inf, -np.inf, 0, -0.0, np.nan, np.inf, 1, -0.25], np.float32))
+
+
+def test_mul(backend: str, rng: np.random.Generator) -> None:
+    a, b = floats(rng, 3000), rng.permutation(floats(rng, 3000))
+    with np.errstate(all="ignore"):
+        same_floats(run_map(backend, "mul", a, b, a).view(np.float32), a * b)
+
+
+def test_opaque(backend: str, rng: np.random.Generator) -> None:
+    a = words(rng, 3000)
+    np.testing.assert_array_equal(run_map(backend, "opaque", a, a, a), a)
+
+
 TORCH_16 = {"half": torch.float16, "bf16": torch.bfloat16}
 
 

@@ -49,8 +49,8 @@ def test_philox_gives_the_published_numbers():
 @pytest.mark.parametrize(("top_k", "top_p"), CUTS)
 @pytest.mark.parametrize("vocab", [1, 2, 17, 300, 2049])
 def test_tokens_are_the_references(backend, vocab, top_k, top_p):
-    if backend.name == "sim" and vocab > 300 and (top_k, top_p) not in CUTS[:4]:
-        vocab = 40
+    if backend.name == "sim" and vocab > 17 and (top_k, top_p) not in CUTS[:4]:
+        vocab = 40  # slow there
     generator = torch.Generator().manual_seed(vocab)
     logits = (3 * torch.randn(4, vocab, generator=generator)).to(backend.device)
     for temperature in (0.7, 1.5):
@@ -58,8 +58,8 @@ def test_tokens_are_the_references(backend, vocab, top_k, top_p):
 
 
 def test_a_real_vocabulary(backend):
-    logits = 4 * torch.randn(2, backend.pick(128256, 4500), device=backend.device)
-    for top_k, top_p in ((0, 1.0), (50, 1.0), (0, 0.9), (40, 0.95)):
+    logits = 4 * torch.randn(backend.pick(2, 1), backend.pick(128256, 4500), device=backend.device)
+    for top_k, top_p in backend.pick(((0, 1.0), (50, 1.0), (0, 0.9), (40, 0.95)), ((40, 0.95),)):
         check_against_the_reference(logits, 3, 7, 0.8, top_k, top_p)
 
 
@@ -67,7 +67,7 @@ def test_a_real_vocabulary(backend):
 def test_half_precision_has_many_ties(backend, dtype):
     logits = torch.randn(3, 400).to(dtype).to(backend.device)
     assert logits[0].unique().numel() < 400
-    for top_k, top_p in CUTS:
+    for top_k, top_p in backend.pick(CUTS, CUTS[2:4]):
         check_against_the_reference(logits, 5, 9, 1.0, top_k, top_p)
 
 
@@ -91,7 +91,7 @@ def histogram(tokens: torch.Tensor, vocab: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (4, 1.0), (0, 0.8), (5, 0.7)])
 def test_many_seeds_follow_the_distribution(backend, top_k, top_p):
-    draws = backend.pick(100_000, 600)
+    draws = backend.pick(100_000, 40)
     row = torch.tensor([0.3, -1.0, 2.0, 1.9, 0.0, -0.5, 1.2])
     p = reference.probabilities(row, as_float32(0.9), top_k, as_float32(top_p))
     logits = row.to(backend.device).expand(draws, 7)
@@ -113,10 +113,11 @@ def test_positions_and_seeds_are_independent_streams():
 
 
 def test_rows_with_equal_prompts_and_different_seeds_differ(backend):
-    logits = torch.zeros(64, 50, device=backend.device)
+    rows = backend.pick(64, 16)
+    logits = torch.zeros(rows, 50, device=backend.device)
     number = sample(logits, temperature=1.0, seed=5, position=1)
-    assert number.unique().numel() > 20
-    seeds = torch.arange(5, 69, device=backend.device)
+    assert number.unique().numel() > rows // 3
+    seeds = torch.arange(5, 5 + rows, device=backend.device)
     assert torch.equal(sample(logits, temperature=1.0, seed=seeds, position=1), number)
     same = sample(logits, temperature=1.0, seed=torch.full_like(seeds, 5), position=1)
     assert same.unique().numel() == 1
@@ -155,7 +156,7 @@ def test_every_row_has_its_own_numbers(backend):
 def test_dyadic_probabilities_are_exact(backend):
     """p = 1/2, 1/4, 1/8, 1/8: every draw is the reference's, with no exception near steps."""
     logits = torch.log2(torch.tensor([0.25, 0.125, 0.5, 0.125])) * torch.log(torch.tensor(2.0))
-    count = backend.pick(20_000, 300)
+    count = backend.pick(20_000, 32)
     rows = logits.to(backend.device).expand(count, 4)
     got = sample(rows, temperature=1.0, seed=0, position=0).cpu()
     u = torch.tensor([reference.uniform(b, 0) for b in range(count)], dtype=torch.float64)
@@ -164,7 +165,9 @@ def test_dyadic_probabilities_are_exact(backend):
 
 
 def test_top_p_keeps_tokens_while_the_sum_before_them_is_below_it(backend):
-    logits = torch.log(torch.tensor([0.125, 0.5, 0.25, 0.125])).to(backend.device).expand(400, 4)
+    logits = (
+        torch.log(torch.tensor([0.125, 0.5, 0.25, 0.125])).to(backend.device).expand(backend.pick(400, 32), 4)
+    )
     # before the four in order: 0, 1/2, 3/4, 7/8
     for top_p, kept in (
         (0.5, {1}),
@@ -178,7 +181,7 @@ def test_top_p_keeps_tokens_while_the_sum_before_them_is_below_it(backend):
 
 
 def test_top_p_counts_what_top_k_left(backend):
-    logits = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.1])).to(backend.device).expand(300, 4)
+    logits = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.1])).to(backend.device).expand(backend.pick(300, 32), 4)
     # renormalised to the first two: 4/7, 3/7; alone, 0.5 would keep two
     options = {"temperature": 1.0, "seed": 0, "position": 0}
     assert set(sample(logits, top_k=2, top_p=0.5, **options).tolist()) == {0}
@@ -187,18 +190,22 @@ def test_top_p_counts_what_top_k_left(backend):
 
 
 def test_ties_at_the_cut_go_to_lower_ids(backend):
-    logits = torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0, 1.0, -0.0, 0.0]).to(backend.device).expand(200, 8)
+    logits = (
+        torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0, 1.0, -0.0, 0.0])
+        .to(backend.device)
+        .expand(backend.pick(200, 32), 8)
+    )
     options = {"temperature": 1.0, "seed": 0, "position": 0}
     assert set(sample(logits, top_k=1, **options).tolist()) == {1}
     assert set(sample(logits, top_k=4, **options).tolist()) == {0, 1, 2, 3}
     assert set(sample(logits, top_k=7, **options).tolist()) == set(range(7))
-    equal = torch.zeros(300, 8, device=backend.device)
+    equal = torch.zeros(backend.pick(300, 32), 8, device=backend.device)
     assert set(sample(equal, top_p=0.5, **options).tolist()) == {0, 1, 2, 3}
     assert set(sample(equal, top_k=6, top_p=0.5, **options).tolist()) == {0, 1, 2}
 
 
 def test_temperature_0_is_argmax_and_so_is_top_k_1(backend):
-    logits = torch.randn(6, 3000).round(decimals=1).to(backend.device)
+    logits = torch.randn(backend.pick(6, 2), backend.pick(3000, 2100)).round(decimals=1).to(backend.device)
     want = logits.cpu().numpy().argmax(axis=1).tolist()
     assert sample(logits, temperature=0.0, seed=0, position=0).tolist() == want
     assert sample(logits, temperature=0.0, top_k=3, top_p=0.1, seed=0, position=0).tolist() == want
@@ -208,7 +215,9 @@ def test_temperature_0_is_argmax_and_so_is_top_k_1(backend):
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-3, 1e30])
 def test_extreme_temperatures(backend, temperature):
-    logits = torch.tensor([[0.0, 3.0, -torch.inf, 1.0]], device=backend.device).expand(200, 4)
+    logits = torch.tensor([[0.0, 3.0, -torch.inf, 1.0]], device=backend.device).expand(
+        backend.pick(200, 32), 4
+    )
     tokens = set(sample(logits, temperature=temperature, seed=0, position=0).tolist())
     assert tokens == ({0, 1, 3} if temperature > 1 else {1})
 
@@ -220,7 +229,7 @@ def test_nan_is_minus_infinity(backend):
     )
     for options in ({}, {"top_k": 3}, {"top_p": 0.9}, {"top_k": 2, "top_p": 0.9}):
         for row, tokens in zip(rows, ({1, 3}, {3}, {1, 3}), strict=True):
-            logits = row.expand(100, 4)
+            logits = row.expand(backend.pick(100, 32), 4)
             assert set(sample(logits, temperature=1.0, seed=0, position=0, **options).tolist()) == tokens
     greedy = sample(rows, temperature=0.0, seed=0, position=0)
     assert greedy.tolist() == [1, 3, 1]
@@ -247,7 +256,7 @@ def test_a_zero_probability_is_never_drawn_at_r_0(backend):
 
 
 def test_rows_do_not_depend_on_their_neighbours(backend):
-    logits = torch.randn(7, 2500, device=backend.device) * 2
+    logits = torch.randn(7, backend.pick(2500, 70), device=backend.device) * 2
     seeds = torch.arange(7, device=backend.device)
     for options in ({"top_k": 30, "top_p": 0.9}, {}):
         together = sample(logits, temperature=0.9, seed=seeds, position=5, **options)
@@ -310,7 +319,7 @@ def test_bad_input_by_name(backend):
 
 
 def test_numbers_out_of_range(backend, monkeypatch):
-    logits = torch.tensor([[0.0, 2.0, 1.0]], device=backend.device).expand(200, 3)
+    logits = torch.tensor([[0.0, 2.0, 1.0]], device=backend.device).expand(backend.pick(200, 32), 3)
     good = {"temperature": 1.0, "seed": 0, "position": 0}
     wrong = [
         ({"temperature": -1.0}, r"temperature\[0\] finite and >= 0, got -1", {1}),

