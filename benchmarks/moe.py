@@ -88,7 +88,9 @@ class Head:
 
         def error(got: tuple[Tensor, Tensor]) -> float:
             pairs = zip(got, expected, strict=True)
-            return max(float((a[clear].double() - b[clear]).abs().amax()) if clear.any() else 0.0 for a, b in pairs)
+            return max(
+                float((a[clear].double() - b[clear]).abs().amax()) if clear.any() else 0.0 for a, b in pairs
+            )
 
         return Workload(
             ours=self.ours,
@@ -163,12 +165,20 @@ class Sparse:
         if self.x.dtype == torch.bfloat16:
             baselines["grouped_mm"] = self.grouped
         return Workload(
-            ours=self.ours, baselines=baselines, error=error, tolerance=max(8 * torch.finfo(self.x.dtype).eps, 1e-5)
+            ours=self.ours,
+            baselines=baselines,
+            error=error,
+            tolerance=max(8 * torch.finfo(self.x.dtype).eps, 1e-5),
         )
 
 
 def head_row(
-    hidden: int, tokens: int, dtype: str, device: str, bars: dict[str, float] | None = None, quick: bool = False
+    hidden: int,
+    tokens: int,
+    dtype: str,
+    device: str,
+    bars: dict[str, float] | None = None,
+    quick: bool = False,
 ) -> Row:
     """One shape of draft_moe with both outputs."""
     parameters = 6 * hidden * hidden

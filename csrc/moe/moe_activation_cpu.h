@@ -9,9 +9,7 @@ namespace tranche::cpu::TRANCHE_ISA {
 constexpr float kNegativeLog2e = -1.4426950408889634f;
 
 // 2^x with x cut at 126, so that 1 + 2^x is finite; NaN stays.
-TRANCHE_INLINE Vec vexp2_bounded(Vec x) {
-  return vexp2<6>(vselect(vlt(vset(126.0f), x), vset(126.0f), x));
-}
+TRANCHE_INLINE Vec vexp2_bounded(Vec x) { return vexp2<6>(vselect(vlt(vset(126.0f), x), vset(126.0f), x)); }
 
 TRANCHE_INLINE Vec vsilu(Vec x) {
   return vdiv(x, vadd(vset(1.0f), vexp2_bounded(vmul(x, vset(kNegativeLog2e)))));
@@ -19,13 +17,14 @@ TRANCHE_INLINE Vec vsilu(Vec x) {
 
 // erfc(|z|) = exp(-z^2) t P(t) with t = 1 / (1 + z / 2), P fitted on all of z >= 0 to a relative 1e-8.
 TRANCHE_INLINE Vec verfc_of_magnitude(Vec magnitude) {
-  constexpr float kCoefficients[] = {
-      0.0442498177f, -0.240022361f, 0.504976511f, -0.468300402f, 0.141680792f, -0.0633874089f,
-      0.0945628732f, 0.175157905f, 0.24689357f, 0.282093972f, 0.282094777f};
+  constexpr float kCoefficients[] = {0.0442498177f, -0.240022361f,  0.504976511f,  -0.468300402f,
+                                     0.141680792f,  -0.0633874089f, 0.0945628732f, 0.175157905f,
+                                     0.24689357f,   0.282093972f,   0.282094777f};
   const Vec t = vdiv(vset(1.0f), vfma(magnitude, vset(0.5f), vset(1.0f)));
   Vec p = vset(kCoefficients[0]);
 #pragma GCC unroll 16
-  for (int i = 1; i < int(sizeof kCoefficients / sizeof *kCoefficients); ++i) p = vfma(p, t, vset(kCoefficients[i]));
+  for (int i = 1; i < int(sizeof kCoefficients / sizeof *kCoefficients); ++i)
+    p = vfma(p, t, vset(kCoefficients[i]));
   const Vec decay = vexp2<6>(vmul(vmul(magnitude, magnitude), vset(kNegativeLog2e)));
   return vmul(vmul(decay, t), p);
 }
@@ -62,9 +61,12 @@ TRANCHE_INLINE void activate_with(const float* gate, const float* up, float* h, 
 // n is a multiple of 16.
 TRANCHE_INLINE void activate(Activation activation, const float* gate, const float* up, float* h, int n) {
   switch (activation) {
-    case Activation::silu: return activate_with<Activation::silu>(gate, up, h, n);
-    case Activation::gelu: return activate_with<Activation::gelu>(gate, up, h, n);
-    case Activation::relu: return activate_with<Activation::relu>(gate, up, h, n);
+    case Activation::silu:
+      return activate_with<Activation::silu>(gate, up, h, n);
+    case Activation::gelu:
+      return activate_with<Activation::gelu>(gate, up, h, n);
+    case Activation::relu:
+      return activate_with<Activation::relu>(gate, up, h, n);
   }
 }
 

@@ -17,7 +17,8 @@ constexpr float kLargestFloat = 3.4028234663852886e38f;
 
 __device__ __forceinline__ float no_rank() { return -INFINITY; }
 
-// logits[r] = <x, router[r]>: a warp per row; lane l sums elements 8 l .. 8 l + 7 of each 256, a tree adds lanes.
+// logits[r] = <x, router[r]>: a warp per row; lane l sums elements 8 l .. 8 l + 7 of each 256, a tree adds
+// lanes.
 template <class T>
 __device__ void token_logits(const T* x, const T* router, int64_t router_stride, int rows, int hidden,
                              float* logits) {
@@ -41,7 +42,8 @@ __device__ __forceinline__ float warp_sum(float x) {
 }
 
 __device__ __forceinline__ float warp_max(float x) {
-  for (int distance = 16; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, distance));
+  for (int distance = 16; distance > 0; distance /= 2)
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, distance));
   return x;
 }
 
@@ -56,21 +58,24 @@ __device__ inline void token_scores(const MoeRouteParams& p, float* scores, floa
     highest = fmaxf(highest, scores[e]);
   }
   highest = warp_max(highest);
+  const bool huge = highest > 1e15f;  // squares of such logits would overflow
+  const float unit = huge ? highest : 1.0f;
   float total = 0.0f;
   for (int e = lane; e < p.experts; e += 32) {
     const bool dead = scores[e] == no_rank();
     float s = scores[e];
     if (p.score == RouteScore::softmax) s = dead ? 0.0f : expf(s - highest);
     if (p.score == RouteScore::sigmoid) s = dead ? 0.0f : 1.0f / (1.0f + expf(-s));
-    if (p.score == RouteScore::relu_rms) s = s > 0.0f ? s : 0.0f;
+    if (p.score == RouteScore::relu_rms) s = s > 0.0f ? s / unit : 0.0f;
     total += p.score == RouteScore::relu_rms ? s * s : s;
     scores[e] = s;
     ranking[e] = dead ? no_rank() : 0.0f;
   }
   total = warp_sum(total);
-  const float factor = p.score == RouteScore::softmax    ? (total > 0.0f ? 1.0f / total : 0.0f)
-                       : p.score == RouteScore::relu_rms ? 1.0f / sqrtf(total / float(p.experts) + p.eps)
-                                                         : 1.0f;
+  const float factor = p.score == RouteScore::softmax ? (total > 0.0f ? 1.0f / total : 0.0f)
+                       : p.score == RouteScore::relu_rms
+                           ? 1.0f / sqrtf(total / float(p.experts) + p.eps / unit / unit)
+                           : 1.0f;
   for (int e = lane; e < p.experts; e += 32) {
     float s = scores[e] * factor;
     if (p.score == RouteScore::relu_rms && p.rms_weight) s *= p.rms_weight[e];
@@ -96,7 +101,8 @@ __device__ inline int take_best(float* values, int n) {
   for (int distance = 16; distance > 0; distance /= 2) {
     const float other = __shfl_xor_sync(0xffffffffu, best, distance);
     const int other_index = __shfl_xor_sync(0xffffffffu, index, distance);
-    const bool better = other_index < n && (index == n || other > best || (other == best && other_index < index));
+    const bool better =
+        other_index < n && (index == n || other > best || (other == best && other_index < index));
     if (better) {
       best = other;
       index = other_index;

@@ -14,17 +14,20 @@ void check_variant(const TensorChecks& check, DraftVariant variant, const Tensor
                    : "The last two rows are those of the contrast.");
   check_top_k(check, top_k, experts);
   if (variant == DraftVariant::topk) {
-    check.that(!contrast || top_k >= 2, "top_k >= 2 with contrast", concat(top_k), "The contrast is between two experts.");
+    check.that(!contrast || top_k >= 2, "top_k >= 2 with contrast", concat(top_k),
+               "The contrast is between two experts.");
     return;
   }
-  check.that(experts == 2 && top_k == 2, "two experts, both chosen", concat(experts, " experts, top_k ", top_k),
-             "Other numbers are variant 'topk'.");
+  check.that(experts == 2 && top_k == 2, "two experts, both chosen",
+             concat(experts, " experts, top_k ", top_k), "Other numbers are variant 'topk'.");
   check.that(!star || contrast, "both outputs of Jakiro*", "one", "Its outputs are a pair.");
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> moe_draft(const Tensor& x, const Tensor& router, const std::optional<Tensor>& w_gate,
-                                     const Tensor& w_up, const Tensor& w_down, int64_t top_k, bool contrast,
-                                     const std::optional<Tensor>& residual, int64_t variant, int64_t activation) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> moe_draft(const Tensor& x, const Tensor& router,
+                                                     const std::optional<Tensor>& w_gate, const Tensor& w_up,
+                                                     const Tensor& w_down, int64_t top_k, bool contrast,
+                                                     const std::optional<Tensor>& residual, int64_t variant,
+                                                     int64_t activation) {
   const TensorChecks check("moe_draft");
   check_activations(check, "x", x);
   const std::optional<Tensor> no_scale;
@@ -33,8 +36,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_draft(const Tensor& x, const Tens
   check_router(check, "router", router, x);
   check.that(variant >= 0 && variant <= 2, "variant in {0: jakiro, 1: topk, 2: star}", concat(variant),
              "Name one of these.");
-  check.that(activation >= 0 && activation <= 2, "activation in {0: silu, 1: gelu, 2: relu}", concat(activation),
-             "Name one of these.");
+  check.that(activation >= 0 && activation <= 2, "activation in {0: silu, 1: gelu, 2: relu}",
+             concat(activation), "Name one of these.");
   check_variant(check, DraftVariant(variant), router, weights.experts(), top_k, contrast);
   check_residual(check, residual, x);
 
@@ -85,8 +88,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_draft(const Tensor& x, const Tens
   params.type = gate.type;
   const Tensor workspace = empty_on(x, {int64_t(KERNEL(moe_experts_workspace)(params))}, ScalarType::Byte);
   params.workspace = workspace.mutable_data_ptr();
-  RUN_KERNEL(moe_experts, params, x, w_gate, w_up, w_down, coefficients, plan.offsets, plan.slots, residual, first,
-             second, workspace);
+  RUN_KERNEL(moe_experts, params, x, w_gate, w_up, w_down, coefficients, plan.offsets, plan.slots, residual,
+             first, second, workspace);
   return {first, second, coefficients, ids};
 }
 

@@ -16,7 +16,8 @@ __device__ __forceinline__ void softmax_of_two(float l0, float l1, float* out) {
 template <class T>
 __device__ void contrast_coefficients(const MoeDraftParams& p, const float* logits, float* contrast) {
   const float l0 = logits[p.experts], l1 = logits[p.experts + 1];
-  // the sign of the whole row hangs on this: it is decided as the published code does, in the tensor's own type
+  // the sign of the whole row hangs on this: it is decided as the published code does, in the tensor's own
+  // type
   const float sign = to_float(from_float<T>(l0)) > to_float(from_float<T>(l1)) ? 1.0f : -1.0f;
   softmax_of_two(l0, l1, contrast);
   contrast[0] *= sign;
@@ -30,8 +31,8 @@ __global__ void __launch_bounds__(MoeChoiceTraits::kThreads) moe_draft_kernel(Mo
   SHARED(float, ranking, MoeChoiceTraits::kMaxRows);
   SHARED(float, groups, MoeChoiceTraits::kMaxRows);
   const int64_t token = blockIdx.x;
-  token_logits(static_cast<const T*>(p.x) + token * p.x_stride, static_cast<const T*>(p.router), p.router_stride,
-               p.rows, p.hidden, logits);
+  token_logits(static_cast<const T*>(p.x) + token * p.x_stride, static_cast<const T*>(p.router),
+               p.router_stride, p.rows, p.hidden, logits);
   __syncthreads();
   if (threadIdx.x >= 32) return;
   float* plain = static_cast<float*>(p.coefficients) + token * p.top_k;

@@ -1,5 +1,5 @@
-// The draft head's gate: from its logits to the coefficients of both outputs. What a kernel of this op receives;
-// the experts then run as in moe_experts.
+// The draft head's gate: from its logits to the coefficients of both outputs. What a kernel of this op
+// receives; the experts then run as in moe_experts.
 #pragma once
 
 #include <cstddef>
@@ -15,12 +15,13 @@ enum class DraftVariant : int32_t {
   star,    // E = K = 2, no contrast rows: the unweighted experts, the one of the larger logit first
 };
 
-// Sizes: T tokens, H hidden, E experts, K choices, R router rows (E, or E + 2 with the contrast rows), P outputs.
+// Sizes: T tokens, H hidden, E experts, K choices, R router rows (E, or E + 2 with the contrast rows), P
+// outputs.
 //
 // jakiro: ids are 0, 1; coefficients[0] = softmax(l[0:2]); coefficients[1] = s * (b0, -b1) with
 // b = softmax(l[2:4]) and s = +1 if l2 > l3 else -1, compared after rounding to `type`.
-// topk: ids and coefficients[0] as MoeRouteParams gives them (softmax of the chosen logits); coefficients[1] as
-// above with l[E:E+2], on the first two choices, 0 for the others.
+// topk: ids and coefficients[0] as MoeRouteParams gives them (softmax of the chosen logits); coefficients[1]
+// as above with l[E:E+2], on the first two choices, 0 for the others.
 struct MoeDraftParams {
   const void* x;       // [T, H]
   const void* router;  // [R, H]

@@ -84,11 +84,16 @@ class Gate {
 template <class F>
 TRANCHE_INLINE void with_gate(const MoeDraftParams& p, const F& f) {
   switch (p.type) {
-    case DType::f64: return f(Gate<F64Engine, double>(p));
-    case DType::f32: return f(Gate<FmaEngine, float>(p));
-    case DType::f16: return f(Gate<FmaEngine, half>(p));
-    case DType::bf16: return f(Gate<FmaEngine, bf16>(p));
-    default: return;
+    case DType::f64:
+      return f(Gate<F64Engine, double>(p));
+    case DType::f32:
+      return f(Gate<FmaEngine, float>(p));
+    case DType::f16:
+      return f(Gate<FmaEngine, half>(p));
+    case DType::bf16:
+      return f(Gate<FmaEngine, bf16>(p));
+    default:
+      return;
   }
 }
 

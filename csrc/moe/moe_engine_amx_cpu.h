@@ -1,5 +1,5 @@
-// The AMX engine of the experts on the CPU, for bf16 columns. Weight rows are the M side, so they are read as they
-// lie; columns are kept as pairs of k, [depth / 32][16 pairs][16 columns].
+// The AMX engine of the experts on the CPU, for bf16 columns. Weight rows are the M side, so they are read as
+// they lie; columns are kept as pairs of k, [depth / 32][16 pairs][16 columns].
 #pragma once
 
 #include "core/amx.h"
@@ -41,13 +41,17 @@ class AmxEngine {
   }
 
   template <class W>
-  static void product(const Rows<W>& w, int first_row, const void* panels, int columns, float* result, void* scratch,
-                      const W* next) {
+  static void product(const Rows<W>& w, int first_row, const void* panels, int columns, float* result,
+                      void* scratch, const W* next) {
     switch ((columns + kPanel - 1) / kPanel) {
-      case 1: return product_of<1>(w, first_row, panels, result, scratch, next);
-      case 2: return product_of<2>(w, first_row, panels, result, scratch, next);
-      case 3: return product_of<3>(w, first_row, panels, result, scratch, next);
-      case 4: return product_of<4>(w, first_row, panels, result, scratch, next);
+      case 1:
+        return product_of<1>(w, first_row, panels, result, scratch, next);
+      case 2:
+        return product_of<2>(w, first_row, panels, result, scratch, next);
+      case 3:
+        return product_of<3>(w, first_row, panels, result, scratch, next);
+      case 4:
+        return product_of<4>(w, first_row, panels, result, scratch, next);
     }
   }
 
@@ -135,8 +139,8 @@ class AmxEngine {
         }
         memset(to + filled, 0, size_t(depth - filled) * 2);
       }
-      steps<kPanels>(reinterpret_cast<const char*>(staged), kStaged * 2, b + int64_t(k / kStep) * kTileBytes, panel,
-                     depth / kStep, nullptr, 0);
+      steps<kPanels>(reinterpret_cast<const char*>(staged), kStaged * 2, b + int64_t(k / kStep) * kTileBytes,
+                     panel, depth / kStep, nullptr, 0);
     }
     float* tile = reinterpret_cast<float*>(staged + kTileRows * kStaged);
     store<0>(tile, result);

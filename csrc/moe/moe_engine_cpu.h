@@ -1,10 +1,11 @@
-// Products of 16 weight rows with up to 64 columns (tokens), for every instruction set: the FMA and fp64 engines.
+// Products of 16 weight rows with up to 64 columns (tokens), for every instruction set: the FMA and fp64
+// engines.
 //
-// An engine keeps columns in panels of 16, in the layout that its product reads. Each sum is one fixed sequence of
-// operations whatever the number of columns, so a column's bits do not depend on its neighbours:
-//   FmaEngine  lane k % width of one vector sums elements k, k + width, ... by FMA; a fixed tree adds the lanes
-//   F64Engine  the same with 8 lanes of double
-//   AmxEngine  one tile accumulator along all k (moe_engine_amx_cpu.h)
+// An engine keeps columns in panels of 16, in the layout that its product reads. Each sum is one fixed
+// sequence of operations whatever the number of columns, so a column's bits do not depend on its neighbours:
+//   FmaEngine  lane k % width of one vector sums elements k, k + width, ... by FMA; a fixed tree adds the
+//   lanes F64Engine  the same with 8 lanes of double AmxEngine  one tile accumulator along all k
+//   (moe_engine_amx_cpu.h)
 #pragma once
 
 #include <cstring>
@@ -14,8 +15,8 @@
 
 namespace tranche::cpu::TRANCHE_ISA {
 
-constexpr int kPanel = 16;        // columns in a panel
-constexpr int kTileRows = 16;     // weight rows in a product
+constexpr int kPanel = 16;         // columns in a panel
+constexpr int kTileRows = 16;      // weight rows in a product
 constexpr int kGroupColumns = 64;  // columns in a product at most
 
 // Rows of a matrix in memory. What lies beyond `rows` and `columns` is never read.
@@ -28,7 +29,9 @@ struct Rows {
   const W* row(int64_t r) const { return data + r * stride; }
 };
 
-TRANCHE_INLINE void widen(const float* from, float* to, int n) { memcpy(to, from, size_t(n) * sizeof(float)); }
+TRANCHE_INLINE void widen(const float* from, float* to, int n) {
+  memcpy(to, from, size_t(n) * sizeof(float));
+}
 TRANCHE_INLINE void widen(const half* from, float* to, int n) { row_to_float(from, to, n); }
 TRANCHE_INLINE void widen(const bf16* from, float* to, int n) { row_to_float(from, to, n); }
 TRANCHE_INLINE void widen(const int8_t* from, float* to, int n) {
@@ -84,7 +87,8 @@ TRANCHE_INLINE void fma_block(const float* const* w, const float* x, int64_t x_s
   }
 }
 
-// sums[r] = the sum of the lanes of row r's vector, for the 16 rows of one column: kBlockRows vectors in each block.
+// sums[r] = the sum of the lanes of row r's vector, for the 16 rows of one column: kBlockRows vectors in each
+// block.
 TRANCHE_INLINE void add_lanes(const float* vectors, float* sums) {
   constexpr int kBlock = kBlockVectors * kWidth;
 #if defined(__AVX512F__)
@@ -95,10 +99,13 @@ TRANCHE_INLINE void add_lanes(const float* vectors, float* sums) {
     const Vec a = vload(v), b = vload(v + 16), c = vload(v + 32), d = vload(v + 48);
     const __m512d ab = _mm512_castps_pd(vadd(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
     const __m512d cd = _mm512_castps_pd(vadd(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-    four[i] = vadd(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    four[i] =
+        vadd(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
   }
-  const Vec low = vadd(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
-  const Vec high = vadd(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
+  const Vec low =
+      vadd(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
+  const Vec high =
+      vadd(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
   vstore(sums, vadd(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd)));
 #else
   for (int r = 0; r < kTileRows; ++r) {
@@ -117,8 +124,8 @@ class FmaEngine {
   using Compute = float;
   struct Session {};
 
-  // From column to column: one line more than the depth, because columns (and rows) a power of two apart would
-  // share the same few sets of the L1 cache.
+  // From column to column: one line more than the depth, because columns (and rows) a power of two apart
+  // would share the same few sets of the L1 cache.
   static int64_t padded(int depth) { return round_up(depth, 16) + 16; }
   static int64_t panel_bytes(int depth) { return kPanel * padded(depth) * int64_t(sizeof(float)); }
   static int64_t scratch_bytes() {
@@ -139,14 +146,15 @@ class FmaEngine {
 
   // Elements first_row..+15 of one column.
   static void put(void* panel, int depth, int column, int first_row, const float* values) {
-    memcpy(static_cast<float*>(panel) + column * padded(depth) + first_row, values, kTileRows * sizeof(float));
+    memcpy(static_cast<float*>(panel) + column * padded(depth) + first_row, values,
+           kTileRows * sizeof(float));
   }
 
   // result[c][r] = <row first_row + r, column c>; rows beyond the matrix give 0. `next` is where the product
   // after this one will read, or null.
   template <class W>
-  static void product(const Rows<W>& w, int first_row, const void* panels, int columns, float* result, void* scratch,
-                      const W* next) {
+  static void product(const Rows<W>& w, int first_row, const void* panels, int columns, float* result,
+                      void* scratch, const W* next) {
     float* acc = static_cast<float*>(scratch);
     float* staged = acc + kAccumulators;
     const float* x = static_cast<const float*>(panels);
@@ -214,13 +222,19 @@ class FmaEngine {
   TRANCHE_INLINE void block(int columns, const float* const* w, const float* x, int64_t x_stride, int depth,
                             bool first, float* acc) {
     switch (columns) {
-      case 1: return fma_block<1>(w, x, x_stride, depth, first, acc);
-      case 2: return fma_block<2>(w, x, x_stride, depth, first, acc);
-      case 3: return fma_block<3>(w, x, x_stride, depth, first, acc);
-      case 4: return fma_block<4>(w, x, x_stride, depth, first, acc);
+      case 1:
+        return fma_block<1>(w, x, x_stride, depth, first, acc);
+      case 2:
+        return fma_block<2>(w, x, x_stride, depth, first, acc);
+      case 3:
+        return fma_block<3>(w, x, x_stride, depth, first, acc);
+      case 4:
+        return fma_block<4>(w, x, x_stride, depth, first, acc);
 #if defined(__AVX512F__)
-      case 5: return fma_block<5>(w, x, x_stride, depth, first, acc);
-      case 6: return fma_block<6>(w, x, x_stride, depth, first, acc);
+      case 5:
+        return fma_block<5>(w, x, x_stride, depth, first, acc);
+      case 6:
+        return fma_block<6>(w, x, x_stride, depth, first, acc);
 #endif
     }
   }
@@ -231,7 +245,9 @@ class F64Engine {
   using Compute = double;
   struct Session {};
 
-  static int64_t panel_bytes(int depth) { return int64_t(kPanel) * depth_padded(depth) * int64_t(sizeof(double)); }
+  static int64_t panel_bytes(int depth) {
+    return int64_t(kPanel) * depth_padded(depth) * int64_t(sizeof(double));
+  }
   static int64_t scratch_bytes() { return 64; }
 
   static void pack(const double* const (&rows)[kPanel], int depth, void* panel) {
@@ -259,8 +275,8 @@ class F64Engine {
           const W* row = w.row(first_row + r);
           for (int k = 0; k < w.columns; ++k) lanes[k % kLanes] += double(row[k]) * x[k];
         }
-        result[c * kTileRows + r] = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) +
-                                    ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+        result[c * kTileRows + r] =
+            ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
       }
     }
   }

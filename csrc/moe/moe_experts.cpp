@@ -16,17 +16,18 @@ void check_plan(const TensorChecks& check, const Tensor& offsets, const Tensor& 
                    "Offsets ascend from 0; make the plan with RoutingPlan.from_ids.");
     for (int64_t i = bounds[e]; i < bounds[e + 1]; ++i) {
       check.in_range("slots", i, listed[i], 0, ids.numel() - 1, "A slot is t * K + k.");
-      check.index(chosen[listed[i]] == e, concat("slot ", listed[i], " in the plan of expert ", chosen[listed[i]]),
+      check.index(chosen[listed[i]] == e,
+                  concat("slot ", listed[i], " in the plan of expert ", chosen[listed[i]]),
                   concat("expert ", e), "The plan belongs to other topk_ids; make it anew.");
     }
   }
 }
 
-Tensor moe_experts(const Tensor& x, const std::optional<Tensor>& w_gate, const Tensor& w_up, const Tensor& w_down,
-                   const Tensor& topk_weights, const Tensor& topk_ids, int64_t activation,
-                   const std::optional<Tensor>& w_gate_scale, const std::optional<Tensor>& w_up_scale,
-                   const std::optional<Tensor>& w_down_scale, const std::optional<Tensor>& offsets,
-                   const std::optional<Tensor>& slots) {
+Tensor moe_experts(const Tensor& x, const std::optional<Tensor>& w_gate, const Tensor& w_up,
+                   const Tensor& w_down, const Tensor& topk_weights, const Tensor& topk_ids,
+                   int64_t activation, const std::optional<Tensor>& w_gate_scale,
+                   const std::optional<Tensor>& w_up_scale, const std::optional<Tensor>& w_down_scale,
+                   const std::optional<Tensor>& offsets, const std::optional<Tensor>& slots) {
   const TensorChecks check("moe_experts");
   check_activations(check, "x", x);
   const ExpertTensors weights{w_gate, w_up, w_down, w_gate_scale, w_up_scale, w_down_scale};
@@ -38,8 +39,8 @@ Tensor moe_experts(const Tensor& x, const std::optional<Tensor>& w_gate, const T
              "A token has at most as many choices as there are experts.");
   check.exactly("topk_ids", topk_ids, ScalarType::Int, {tokens, top_k}, "[T, K]", "x", x);
   check.exactly("topk_weights", topk_weights, weights_type(x), {tokens, top_k}, "[T, K]", "topk_ids", x);
-  check.that(activation >= 0 && activation <= 2, "activation in {0: silu, 1: gelu, 2: relu}", concat(activation),
-             "Name one of these.");
+  check.that(activation >= 0 && activation <= 2, "activation in {0: silu, 1: gelu, 2: relu}",
+             concat(activation), "Name one of these.");
   check.that(offsets.has_value() == slots.has_value(), "offsets and slots together", "one of them",
              "A plan is both.");
   if (offsets) {
@@ -71,15 +72,16 @@ Tensor moe_experts(const Tensor& x, const std::optional<Tensor>& w_gate, const T
   params.type = dtype_of_tensor(x);
   const Tensor workspace = empty_on(x, {int64_t(KERNEL(moe_experts_workspace)(params))}, ScalarType::Byte);
   params.workspace = workspace.mutable_data_ptr();
-  RUN_KERNEL(moe_experts, params, x, w_gate, w_up, w_down, w_gate_scale, w_up_scale, w_down_scale, topk_weights,
-             plan.offsets, plan.slots, out, workspace);
+  RUN_KERNEL(moe_experts, params, x, w_gate, w_up, w_down, w_gate_scale, w_up_scale, w_down_scale,
+             topk_weights, plan.offsets, plan.slots, out, workspace);
   return out;
 }
 
-REGISTER_OP(moe_experts,
-            "(Tensor x, Tensor? w_gate, Tensor w_up, Tensor w_down, Tensor topk_weights, Tensor topk_ids, "
-            "int activation=0, Tensor? w_gate_scale=None, Tensor? w_up_scale=None, Tensor? w_down_scale=None, "
-            "Tensor? offsets=None, Tensor? slots=None) -> Tensor")
+REGISTER_OP(
+    moe_experts,
+    "(Tensor x, Tensor? w_gate, Tensor w_up, Tensor w_down, Tensor topk_weights, Tensor topk_ids, "
+    "int activation=0, Tensor? w_gate_scale=None, Tensor? w_up_scale=None, Tensor? w_down_scale=None, "
+    "Tensor? offsets=None, Tensor? slots=None) -> Tensor")
 
 }  // namespace
 }  // namespace tranche

@@ -1,11 +1,12 @@
-// The experts in two kernels: gate and up, whose results h = act(gate x) * (up x) go to the workspace, then down and
-// the weighted sum. Weight rows are the M side of the product and columns (tokens) the N side, so every weight is
-// read once for up to 64 columns.
+// The experts in two kernels: gate and up, whose results h = act(gate x) * (up x) go to the workspace, then
+// down and the weighted sum. Weight rows are the M side of the product and columns (tokens) the N side, so
+// every weight is read once for up to 64 columns.
 //
-// A block owns kRows weight rows; its warps take chunks of 32 k in turn, and their partial sums are added in the
-// order of the warps. In gate-and-up, row g of a tile of 16 is a feature's gate and row g + 8 its up, so that one
-// lane holds both. Within a chunk lane (g, c) holds elements 8 c .. 8 c + 7 of its rows and of its column, which are
-// the operands of two MMAs when both sides number k alike: no shared memory lies between memory and tensor core.
+// A block owns kRows weight rows; its warps take chunks of 32 k in turn, and their partial sums are added in
+// the order of the warps. In gate-and-up, row g of a tile of 16 is a feature's gate and row g + 8 its up, so
+// that one lane holds both. Within a chunk lane (g, c) holds elements 8 c .. 8 c + 7 of its rows and of its
+// column, which are the operands of two MMAs when both sides number k alike: no shared memory lies between
+// memory and tensor core.
 #pragma once
 
 #include <math.h>
@@ -81,7 +82,7 @@ __device__ __forceinline__ void multiply_chunk(const LaneWeights<T, W>& w,
       for (int m = 0; m < MoeExpertsTraits::kTiles; ++m) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          float(&d)[4] = sums.d[m][n];
+          float (&d)[4] = sums.d[m][n];
           d[0] = fmaf(w.rows[m][0].value[i], x0.value[i], d[0]);
           d[1] = fmaf(w.rows[m][0].value[i], x1.value[i], d[1]);
           d[2] = fmaf(w.rows[m][1].value[i], x0.value[i], d[2]);
@@ -168,9 +169,12 @@ __device__ __forceinline__ float total(const float* partial, int row, int column
 
 __device__ __forceinline__ float activate(Activation activation, float x) {
   switch (activation) {
-    case Activation::silu: return x / (1.0f + expf(-x));
-    case Activation::gelu: return 0.5f * x * erfcf(-x * 0.70710678118654752f);
-    case Activation::relu: break;
+    case Activation::silu:
+      return x / (1.0f + expf(-x));
+    case Activation::gelu:
+      return 0.5f * x * erfcf(-x * 0.70710678118654752f);
+    case Activation::relu:
+      break;
   }
   return x < 0.0f ? 0.0f : x;
 }
@@ -185,7 +189,9 @@ __device__ __forceinline__ float row_scale(const ExpertMatrices& m, int expert, 
   return m.scale ? m.scale[int64_t(expert) * rows + row] : 1.0f;
 }
 
-__device__ __forceinline__ int bounded(int x, int low, int high) { return x < low ? low : (x > high ? high : x); }
+__device__ __forceinline__ int bounded(int x, int low, int high) {
+  return x < low ? low : (x > high ? high : x);
+}
 
 // Columns of h are rows of `inner` elements, 16-byte aligned.
 __device__ __host__ __forceinline__ int64_t h_stride(const MoeExpertsParams& p) {
@@ -212,7 +218,8 @@ __device__ __forceinline__ int slot_at(const MoeExpertsParams& p, int index) {
   return bounded(p.slots[index], 0, p.tokens * p.top_k - 1);
 }
 
-// Grid: blocks of features, experts. A block owns kRows / 2 features with their gates, or kRows without gates.
+// Grid: blocks of features, experts. A block owns kRows / 2 features with their gates, or kRows without
+// gates.
 template <class T, class W, int kColumnTiles>
 __global__ void __launch_bounds__(MoeExpertsTraits::kThreads) moe_gate_up_kernel(MoeExpertsParams p) {
   constexpr int kColumns = 8 * kColumnTiles, kTiles = MoeExpertsTraits::kTiles;
@@ -280,7 +287,8 @@ __device__ __forceinline__ int first_slot(const MoeExpertsParams& p, int begin, 
 // Grid: blocks of kRows output features, blocks of kTokens tokens. Experts in turn, in ascending order.
 template <class T, class W, int kColumnTiles>
 __global__ void __launch_bounds__(MoeExpertsTraits::kThreads) moe_down_kernel(MoeExpertsParams p) {
-  constexpr int kColumns = 8 * kColumnTiles, kRows = MoeExpertsTraits::kRows, kTokens = MoeExpertsTraits::kTokens;
+  constexpr int kColumns = 8 * kColumnTiles, kRows = MoeExpertsTraits::kRows,
+                kTokens = MoeExpertsTraits::kTokens;
   constexpr int kWarps = MoeExpertsTraits::kWarps, kThreads = MoeExpertsTraits::kThreads;
   float* partial = dynamic_smem<float>();
   float* sums = partial + MoeExpertsTraits::kPartialFloats<kColumns>;  // [output][token][row]
@@ -316,7 +324,8 @@ __global__ void __launch_bounds__(MoeExpertsTraits::kThreads) moe_down_kernel(Mo
       }
       multiply<T>(rows, columns, count, p.inner, partial);
       __syncthreads();
-      // a warp owns the tokens that are its number modulo the warps, so that two choices of one token never meet
+      // a warp owns the tokens that are its number modulo the warps, so that two choices of one token never
+      // meet
       const int at = first_row + lane;
       const float scale = at < p.hidden ? row_scale(p.down, expert, at, p.hidden) : 0.0f;
       for (int c = 0; c < count; ++c) {

@@ -1,5 +1,5 @@
-// The experts of each token and their weighted sum: what a kernel of this op receives. moe_draft runs on the same
-// kernels.
+// The experts of each token and their weighted sum: what a kernel of this op receives. moe_draft runs on the
+// same kernels.
 #pragma once
 
 #include <cstddef>
@@ -24,7 +24,7 @@ struct ExpertMatrices {
 // expert[e](x) = down[e] (act(gate[e] x) * (up[e] x)), or down[e] act(up[e] x) without gate. The sum runs in
 // fp32 by ascending expert; a coefficient of exactly 0 leaves its term out, whatever the expert yields.
 struct MoeExpertsParams {
-  const void* x;  // [T, H]
+  const void* x;                  // [T, H]
   ExpertMatrices gate, up, down;  // [E, I, H], [E, I, H], [E, H, I]
   const void* coefficients;       // [P, T, K] contiguous: fp32, or fp64 when `type` is
   const int32_t* offsets;         // [E + 1] as moe_plan gives them

@@ -1,6 +1,6 @@
 // The experts on the CPU, compiled once per instruction set: chooses the engine for the types at hand.
-#include "core/isa.h"
 #include "moe/moe_experts_cpu.h"
+#include "core/isa.h"
 #if defined(__AMX_BF16__)
 #include "moe/moe_engine_amx_cpu.h"
 #endif
@@ -27,11 +27,16 @@ TRANCHE_INLINE void with_weights(const MoeExpertsParams& p, const F& f) {
 template <class F>
 TRANCHE_INLINE void with_experts(const MoeExpertsParams& p, const F& f) {
   switch (p.type) {
-    case DType::f64: return with_weights<F64Engine, double>(p, f);
-    case DType::f32: return with_weights<FmaEngine, float>(p, f);
-    case DType::f16: return with_weights<FmaEngine, half>(p, f);
-    case DType::bf16: return with_weights<Bf16Engine, bf16>(p, f);
-    default: return;
+    case DType::f64:
+      return with_weights<F64Engine, double>(p, f);
+    case DType::f32:
+      return with_weights<FmaEngine, float>(p, f);
+    case DType::f16:
+      return with_weights<FmaEngine, half>(p, f);
+    case DType::bf16:
+      return with_weights<Bf16Engine, bf16>(p, f);
+    default:
+      return;
   }
 }
 

@@ -1,5 +1,5 @@
-// The experts on the CPU over any engine: pack the columns, gate and up, down and sum. Weights are read once per 64
-// tokens of an expert, from memory the first time.
+// The experts on the CPU over any engine: pack the columns, gate and up, down and sum. Weights are read once
+// per 64 tokens of an expert, from memory the first time.
 #pragma once
 
 #include "core/parallel.h"
@@ -118,7 +118,8 @@ class Experts {
     });
   }
 
-  static void scale_rows(const ExpertMatrices& m, int expert, int rows, int first_row, int columns, Compute* values) {
+  static void scale_rows(const ExpertMatrices& m, int expert, int rows, int first_row, int columns,
+                         Compute* values) {
     if (!m.scale) return;
     const float* scale = m.scale + int64_t(expert) * rows + first_row;
     const int used = least(rows - first_row, kTileRows);
@@ -152,7 +153,8 @@ class Experts {
           } else {
             if (p_.gate.data) {
               const bool whole = row + kTileRows <= p_.inner;
-              Engine::product(gate, row, panels, columns, gated, scratch(worker), whole ? up.row(row) : nullptr);
+              Engine::product(gate, row, panels, columns, gated, scratch(worker),
+                              whole ? up.row(row) : nullptr);
               scale_rows(p_.gate, a.expert, p_.inner, row, columns, gated);
             }
             Engine::product(up, row, panels, columns, raised, scratch(worker), after);
@@ -194,14 +196,15 @@ class Experts {
           // the next expert's rows, or after the last expert the first one's next rows
           const bool last = i + 1 == active_;
           const int next_row = last ? row + kTileRows : row;
-          const W* next = next_row + kTileRows <= p_.hidden
-                              ? matrix(p_.down, list_[last ? 0 : i + 1].expert, p_.hidden, p_.inner).row(next_row)
-                              : nullptr;
+          const W* next =
+              next_row + kTileRows <= p_.hidden
+                  ? matrix(p_.down, list_[last ? 0 : i + 1].expert, p_.hidden, p_.inner).row(next_row)
+                  : nullptr;
           for (int first = 0; first < a.count; first += kGroupColumns) {
             const int columns = least(a.count - first, kGroupColumns);
             const W* after = first + kGroupColumns >= a.count ? next : nullptr;
-            Engine::product(w, row, h_ + (a.first_panel + first / kPanel) * h_bytes, columns, yields, scratch(worker),
-                            after);
+            Engine::product(w, row, h_ + (a.first_panel + first / kPanel) * h_bytes, columns, yields,
+                            scratch(worker), after);
             scale_rows(p_.down, a.expert, p_.hidden, row, columns, yields);
             for (int c = 0; c < columns; ++c) {
               const int32_t slot = p_.slots[a.first_slot + first + c];
@@ -224,7 +227,8 @@ class Experts {
     for (int o = 0; o < p_.outputs; ++o) {
       T* out = static_cast<T*>(p_.out[o]) + row;
       for (int64_t t = 0; t < p_.tokens; ++t, sums += kTileRows) {
-        const T* residual = p_.residual ? static_cast<const T*>(p_.residual) + t * p_.residual_stride + row : nullptr;
+        const T* residual =
+            p_.residual ? static_cast<const T*>(p_.residual) + t * p_.residual_stride + row : nullptr;
         write_row(sums, residual, out + t * p_.hidden, used);
       }
     }

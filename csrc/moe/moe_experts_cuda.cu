@@ -20,8 +20,8 @@ void run(const MoeExpertsParams& p, void* stream) {
 
 template <class T>
 void run(const MoeExpertsParams& p, void* stream) {
-  // An expert has at most as many columns as there are tokens; fewer tiles leave registers for more blocks. The
-  // order of every sum is the same in both.
+  // An expert has at most as many columns as there are tokens; fewer tiles leave registers for more blocks.
+  // The order of every sum is the same in both.
   const bool few_tokens = p.tokens <= 16;
   if (p.up.scale) {
     return few_tokens ? run<T, int8_t, 2>(p, stream) : run<T, int8_t, 8>(p, stream);
@@ -37,10 +37,14 @@ size_t moe_experts_workspace(const MoeExpertsParams& p) {
 
 void moe_experts(const MoeExpertsParams& p, void* stream) {
   switch (p.type) {
-    case DType::f32: return run<float>(p, stream);
-    case DType::f16: return run<half>(p, stream);
-    case DType::bf16: return run<bf16>(p, stream);
-    default: throw std::runtime_error("tranche: moe_experts: expected float32, float16 or bfloat16");
+    case DType::f32:
+      return run<float>(p, stream);
+    case DType::f16:
+      return run<half>(p, stream);
+    case DType::bf16:
+      return run<bf16>(p, stream);
+    default:
+      throw std::runtime_error("tranche: moe_experts: expected float32, float16 or bfloat16");
   }
 }
 

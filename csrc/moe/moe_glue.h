@@ -17,7 +17,8 @@ inline void check_activations(const TensorChecks& check, const char* name, const
 #endif
   check.last_contiguous(name, x);
   check.that(x.size(0) <= INT32_MAX / kMaxExperts && x.size(1) <= INT32_MAX,
-             concat("at most 2^21 - 1 tokens and 2^31 - 1 features in ", name), shape_text(x), "Split the batch.");
+             concat("at most 2^21 - 1 tokens and 2^31 - 1 features in ", name), shape_text(x),
+             "Split the batch.");
 }
 
 // Rows [rows, H] that x is multiplied with.
@@ -31,8 +32,8 @@ inline void check_router(const TensorChecks& check, const char* name, const Tens
 }
 
 inline void check_expert_count(const TensorChecks& check, int64_t experts) {
-  check.that(experts >= 1 && experts <= kMaxExperts, concat("1 to ", kMaxExperts, " experts"), concat(experts),
-             "Split the layer.");
+  check.that(experts >= 1 && experts <= kMaxExperts, concat("1 to ", kMaxExperts, " experts"),
+             concat(experts), "Split the layer.");
 }
 
 inline void check_top_k(const TensorChecks& check, int64_t top_k, int64_t experts) {
@@ -64,12 +65,14 @@ struct ExpertTensors {
     check_stack(check, "w_down", down, x, {experts(), x.size(1), inner()}, "[E, H, I]");
     check_scale(check, "w_up_scale", up_scale, up);
     check_scale(check, "w_down_scale", down_scale, down);
-    check.that(down.scalar_type() == up.scalar_type(), concat("w_down of dtype ", dtype_text(up.scalar_type())),
-               dtype_text(down.scalar_type()), "The weights of a layer have one dtype.");
+    check.that(down.scalar_type() == up.scalar_type(),
+               concat("w_down of dtype ", dtype_text(up.scalar_type())), dtype_text(down.scalar_type()),
+               "The weights of a layer have one dtype.");
     if (gate) {
       check_stack(check, "w_gate", *gate, x, {experts(), inner(), x.size(1)}, "[E, I, H]");
-      check.that(gate->scalar_type() == up.scalar_type(), concat("w_gate of dtype ", dtype_text(up.scalar_type())),
-                 dtype_text(gate->scalar_type()), "The weights of a layer have one dtype.");
+      check.that(gate->scalar_type() == up.scalar_type(),
+                 concat("w_gate of dtype ", dtype_text(up.scalar_type())), dtype_text(gate->scalar_type()),
+                 "The weights of a layer have one dtype.");
       check_scale(check, "w_gate_scale", gate_scale, *gate);
     } else {
       check.that(!gate_scale, "no w_gate_scale without w_gate", "one", "Leave it out.");
@@ -106,8 +109,8 @@ struct ExpertTensors {
     check.that(scale.has_value() == int8, int8 ? concat(name, " for int8 weights") : concat("no ", name),
                int8 ? "none" : "one", "int8 weights come with one scale for each row, others with none.");
     if (scale) {
-      check.exactly(name, *scale, ScalarType::Float, {stack.size(0), stack.size(1)}, "[E, rows]", "its weights",
-                    stack);
+      check.exactly(name, *scale, ScalarType::Float, {stack.size(0), stack.size(1)}, "[E, rows]",
+                    "its weights", stack);
     }
   }
 
@@ -116,7 +119,8 @@ struct ExpertTensors {
   }
 };
 
-inline void check_residual(const TensorChecks& check, const std::optional<Tensor>& residual, const Tensor& x) {
+inline void check_residual(const TensorChecks& check, const std::optional<Tensor>& residual,
+                           const Tensor& x) {
   if (!residual) return;
   check.dim("residual", *residual, 2, "[T, H]");
   check.dtype("residual", *residual, {x.scalar_type()});

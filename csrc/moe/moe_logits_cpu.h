@@ -13,8 +13,8 @@ class Logits {
  public:
   using Compute = typename Engine::Compute;
 
-  Logits(const void* x, int64_t x_stride, const void* router, int64_t router_stride, int tokens, int rows, int hidden,
-         void* workspace)
+  Logits(const void* x, int64_t x_stride, const void* router, int64_t router_stride, int tokens, int rows,
+         int hidden, void* workspace)
       : x_(static_cast<const T*>(x)),
         x_stride_(x_stride),
         router_{static_cast<const T*>(router), router_stride, rows, hidden},
@@ -49,8 +49,8 @@ class Logits {
       const int columns = int(least<int64_t>(tokens_ - panel * kPanel, kPanel));
       Compute* result = results_ + task * kPanel * kTileRows;
       const T* nothing = nullptr;
-      Engine::product(router_, row, panels_ + panel * bytes, columns, result, scratch_ + task * scratch_bytes(),
-                      nothing);
+      Engine::product(router_, row, panels_ + panel * bytes, columns, result,
+                      scratch_ + task * scratch_bytes(), nothing);
       for (int c = 0; c < columns; ++c) {
         memcpy(of(panel * kPanel + c) + row, result + c * kTileRows, kTileRows * sizeof(Compute));
       }
@@ -113,19 +113,23 @@ class Choice {
       scores_[e] = l == l ? l : kLowest<C>;
       if (scores_[e] > highest) highest = scores_[e];
     }
+    // squares of such logits would overflow in fp32
+    const bool huge = highest > C(1e15);
+    const C unit = huge ? highest : C(1);
     C total = 0;
     for (int e = 0; e < p_.experts; ++e) {
       const bool dead = scores_[e] == kLowest<C>;
       C& s = scores_[e];
       if (p_.score == RouteScore::softmax) s = dead ? C(0) : exp_of(s - highest);
       if (p_.score == RouteScore::sigmoid) s = dead ? C(0) : C(1) / (C(1) + exp_of(-s));
-      if (p_.score == RouteScore::relu_rms) s = s > 0 ? s : C(0);
+      if (p_.score == RouteScore::relu_rms) s = s > 0 ? s / unit : C(0);
       total += p_.score == RouteScore::relu_rms ? s * s : s;
       ranking_[e] = dead ? kLowest<C> : C(0);
     }
-    const C factor = p_.score == RouteScore::softmax    ? (total > 0 ? C(1) / total : C(0))
-                     : p_.score == RouteScore::relu_rms ? C(1) / sqrt_of(total / p_.experts + C(p_.eps))
-                                                        : C(1);
+    const C factor = p_.score == RouteScore::softmax ? (total > 0 ? C(1) / total : C(0))
+                     : p_.score == RouteScore::relu_rms
+                         ? C(1) / sqrt_of(total / p_.experts + C(p_.eps) / unit / unit)
+                         : C(1);
     for (int e = 0; e < p_.experts; ++e) {
       scores_[e] *= factor;
       if (p_.score == RouteScore::relu_rms && p_.rms_weight) scores_[e] *= C(p_.rms_weight[e]);

@@ -1,5 +1,5 @@
-// One block per expert, and one for the end: it counts the ids below its own, which is where its slots begin, then
-// writes its slots in order. Every block reads all ids; they are few, and no block waits for another.
+// One block per expert, and one for the end: it counts the ids below its own, which is where its slots begin,
+// then writes its slots in order. Every block reads all ids; they are few, and no block waits for another.
 #pragma once
 
 #include "core/launch.cuh"

@@ -6,11 +6,12 @@
 namespace tranche {
 namespace {
 
-void check_groups(const TensorChecks& check, int64_t experts, int64_t top_k, int64_t groups, int64_t top_groups) {
+void check_groups(const TensorChecks& check, int64_t experts, int64_t top_k, int64_t groups,
+                  int64_t top_groups) {
   check.that(groups >= 1 && experts % groups == 0, concat("groups that divide the ", experts, " experts"),
              concat(groups), "Groups are runs of equal length.");
-  check.that(top_groups >= 1 && top_groups <= groups, concat("top_groups in [1, ", groups, "]"), concat(top_groups),
-             "Keep at least one group and at most all.");
+  check.that(top_groups >= 1 && top_groups <= groups, concat("top_groups in [1, ", groups, "]"),
+             concat(top_groups), "Keep at least one group and at most all.");
   const int64_t inside = top_groups * (experts / groups);
   check.that(top_k <= inside, concat("top_k <= ", inside, ", the experts in the kept groups"), concat(top_k),
              "Keep more groups.");
@@ -18,8 +19,8 @@ void check_groups(const TensorChecks& check, int64_t experts, int64_t top_k, int
 
 std::tuple<Tensor, Tensor> moe_route(const Tensor& x, const Tensor& weight, int64_t top_k, int64_t score,
                                      bool renormalize, const std::optional<Tensor>& bias, int64_t groups,
-                                     int64_t top_groups, double scale, const std::optional<Tensor>& rms_weight,
-                                     double eps) {
+                                     int64_t top_groups, double scale,
+                                     const std::optional<Tensor>& rms_weight, double eps) {
   const TensorChecks check("moe_route");
   check_activations(check, "x", x);
   check_router(check, "weight", weight, x);
@@ -33,7 +34,8 @@ std::tuple<Tensor, Tensor> moe_route(const Tensor& x, const Tensor& weight, int6
   check.that(std::isfinite(scale), "a finite scale", concat(scale), "Leave it out for 1.");
   check.that(std::isfinite(eps) && eps >= 0, "a finite eps >= 0", concat(eps), "Leave it out for 1e-6.");
   if (bias) check.exactly("bias", *bias, ScalarType::Float, {experts}, "[E]", "weight", weight);
-  if (rms_weight) check.exactly("rms_weight", *rms_weight, ScalarType::Float, {experts}, "[E]", "weight", weight);
+  if (rms_weight)
+    check.exactly("rms_weight", *rms_weight, ScalarType::Float, {experts}, "[E]", "weight", weight);
   const bool relu_rms = score == int64_t(RouteScore::relu_rms);
   check.that(!rms_weight || relu_rms, "no rms_weight but with score relu_rms", "one", "Leave it out.");
 

@@ -19,7 +19,8 @@ constexpr int kMaxExperts = 1024;
 // Sizes: T tokens, H hidden, E <= kMaxExperts experts, K <= E chosen.
 //
 // Logits that are not finite: +-Inf counts as the largest finite number, NaN has score 0 and ranks below all
-// others. An expert whose score is NaN for another reason (its bias) ranks there too. Ties go to the lower id.
+// others. An expert whose score is NaN for another reason (its bias) ranks there too. Ties go to the lower
+// id.
 struct MoeRouteParams {
   const void* x;            // [T, H] of `type`
   const void* weight;       // [E, H] of `type`
@@ -31,7 +32,8 @@ struct MoeRouteParams {
 
   int64_t x_stride, weight_stride;  // of a row, in elements; rows are contiguous
   int32_t tokens, hidden, experts, top_k;
-  int32_t groups, top_groups;  // the E experts are `groups` runs of equal length; only the best ones may choose
+  int32_t groups,
+      top_groups;  // the E experts are `groups` runs of equal length; only the best ones may choose
   RouteScore score;
   bool renormalize;
   float scale, eps;

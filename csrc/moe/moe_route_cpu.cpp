@@ -37,11 +37,16 @@ class Route {
 template <class F>
 TRANCHE_INLINE void with_route(const MoeRouteParams& p, const F& f) {
   switch (p.type) {
-    case DType::f64: return f(Route<F64Engine, double>(p));
-    case DType::f32: return f(Route<FmaEngine, float>(p));
-    case DType::f16: return f(Route<FmaEngine, half>(p));
-    case DType::bf16: return f(Route<FmaEngine, bf16>(p));
-    default: return;
+    case DType::f64:
+      return f(Route<F64Engine, double>(p));
+    case DType::f32:
+      return f(Route<FmaEngine, float>(p));
+    case DType::f16:
+      return f(Route<FmaEngine, half>(p));
+    case DType::bf16:
+      return f(Route<FmaEngine, bf16>(p));
+    default:
+      return;
   }
 }
 

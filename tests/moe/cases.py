@@ -60,7 +60,9 @@ class Layer:
         judge(self.run(**extra), self.reference(), plain)
 
     def some(self, rows: slice | list[int]) -> Layer:
-        return replace(self, x=self.x[rows], weights=self.weights[rows].contiguous(), ids=self.ids[rows].contiguous())
+        return replace(
+            self, x=self.x[rows], weights=self.weights[rows].contiguous(), ids=self.ids[rows].contiguous()
+        )
 
 
 def random_ids(tokens: int, experts: int, top_k: int, generator: torch.Generator) -> Tensor:
@@ -149,7 +151,14 @@ def make_head(
 ) -> Head:
     """A random draft head."""
     layer = make_layer(
-        seed, tokens=tokens, hidden=hidden, inner=inner or hidden, experts=experts, top_k=1, dtype=dtype, gated=gated
+        seed,
+        tokens=tokens,
+        hidden=hidden,
+        inner=inner or hidden,
+        experts=experts,
+        top_k=1,
+        dtype=dtype,
+        gated=gated,
     )
     generator = torch.Generator().manual_seed(seed + 1)
     router = torch.randn(experts + 2 if rows is None else rows, hidden, generator=generator) * hidden**-0.5

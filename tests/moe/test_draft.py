@@ -136,5 +136,7 @@ def test_compiles_in_one_graph(backend):
     def step(*tensors):
         return draft_moe(*tensors, contrast=True)
 
-    for a, b in zip(torch.compile(step, fullgraph=True)(*head.tensors()), head.run(contrast=True), strict=True):
+    for a, b in zip(
+        torch.compile(step, fullgraph=True)(*head.tensors()), head.run(contrast=True), strict=True
+    ):
         assert_same_bits(a, b)

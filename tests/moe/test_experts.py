@@ -117,8 +117,12 @@ def test_int8_weights(backend, dtype):
     integers, scales = {}, {}
     for name in ("w_gate", "w_up", "w_down"):
         shape = getattr(layer, name).shape
-        integers[name] = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8).to(backend.device)
-        scales[name + "_scale"] = (torch.rand(shape[:2], generator=generator) * 0.002 + 0.001).to(backend.device)
+        integers[name] = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8).to(
+            backend.device
+        )
+        scales[name + "_scale"] = (torch.rand(shape[:2], generator=generator) * 0.002 + 0.001).to(
+            backend.device
+        )
     replace(layer, **integers, options=scales).check()
 
 
@@ -164,7 +168,14 @@ def test_any_number_of_threads(dtype):
 def test_any_case_on_the_cpu(seed, tokens, hidden, inner, experts, dtype, gated, data):
     top_k = data.draw(st.integers(1, experts))
     make_layer(
-        seed, tokens=tokens, hidden=hidden, inner=inner, experts=experts, top_k=top_k, dtype=dtype, gated=gated
+        seed,
+        tokens=tokens,
+        hidden=hidden,
+        inner=inner,
+        experts=experts,
+        top_k=top_k,
+        dtype=dtype,
+        gated=gated,
     ).check()
 
 

@@ -91,7 +91,10 @@ def test_route_rms_weight(backend):
 def test_int8_weights_are_not_trained():
     layer = make_layer(7)
     integers = [w.to(torch.int8) for w in (layer.w_gate, layer.w_up, layer.w_down)]
-    scales = {f"{n}_scale": torch.ones(w.shape[:2]) for n, w in zip(("w_gate", "w_up", "w_down"), integers, strict=True)}
+    scales = {
+        f"{n}_scale": torch.ones(w.shape[:2])
+        for n, w in zip(("w_gate", "w_up", "w_down"), integers, strict=True)
+    }
     with pytest.raises(ValueError, match="expected int8 weights without gradients"):
         fused_experts(layer.x.requires_grad_(), *integers, layer.weights, layer.ids, **scales)
 

@@ -25,7 +25,9 @@ def test_jakiro_has_the_published_keys():
     assert torch.equal(other(x), head(x))
     del state["experts.0.up_proj.weight"]
     state["experts.7.up_proj.weight"] = torch.zeros(24, 16)
-    with pytest.raises(RuntimeError, match=r"(?s)Missing.*experts\.0\.up_proj.*Unexpected.*experts\.7\.up_proj"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)Missing.*experts\.0\.up_proj.*Unexpected.*experts\.7\.up_proj"
+    ):
         other.load_state_dict(state)
 
 
@@ -75,10 +77,10 @@ def test_blocks_of_transformers(kind):
         for p in theirs.parameters():
             p.normal_(std=0.2)
     ours = copy.deepcopy(theirs)
-    keys = list(ours.state_dict())
+    keys = set(ours.state_dict())
     assert convert_moe(ours) == 2
     assert convert_moe(ours) == 0
-    assert list(ours.state_dict()) == keys
+    assert set(ours.state_dict()) == keys
     tokens = torch.randint(0, 50, (2, 7))
     losses = []
     for model in (theirs, ours):

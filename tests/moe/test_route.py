@@ -132,7 +132,10 @@ def test_bad_input(backend):
         (r"expected top_k <= 2, the experts in the kept groups, got 3", {"groups": 3, "top_k": 3}),
         (r"expected top_groups in \[1, 3\], got 4", {"groups": 3, "top_groups": 4}),
         ("expected a finite scale, got nan", {"scale": float("nan")}),
-        ("expected no rms_weight but with score relu_rms", {"rms_weight": torch.ones(6, device=backend.device)}),
+        (
+            "expected no rms_weight but with score relu_rms",
+            {"rms_weight": torch.ones(6, device=backend.device)},
+        ),
         (r"expected bias of shape \[E\] = \[6\], got \[5\]", {"bias": torch.ones(5, device=backend.device)}),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -93,25 +93,33 @@ def experts_backward(
     """Gradients of x, w_gate (empty without one), w_up, w_down and coefficients [P, T, K]."""
     tokens, experts = x.shape[0], w_up.shape[0]
     outputs, _, top_k = coefficients.shape
+    valid = (ids >= 0) & (ids < experts)  # forward left the others out
     if x.is_cuda:
         # without a look at the counts: every expert for every token, most with weight 0
-        index = ids.long()[None].expand(outputs, -1, -1)
-        dense = coefficients.new_zeros(outputs, tokens, experts).scatter_add(2, index, coefficients)
+        index = torch.where(valid, ids, 0).long()[None].expand(outputs, -1, -1)
+        dense = coefficients.new_zeros(outputs, tokens, experts).scatter_add(2, index, coefficients * valid)
         by_expert, grad_dense, grad_gate, grad_up, grad_down = _expert_backward(
             x, w_gate, w_up, w_down, grads, dense.transpose(1, 2), activation
         )
-        grad_coefficients = grad_dense.transpose(1, 2).gather(2, index).to(coefficients.dtype)
+        grad_coefficients = grad_dense.transpose(1, 2).gather(2, index).to(coefficients.dtype) * valid
         none = x.new_empty(0)
-        return by_expert.sum(0), none if grad_gate is None else grad_gate, grad_up, grad_down, grad_coefficients
+        return (
+            by_expert.sum(0),
+            none if grad_gate is None else grad_gate,
+            grad_up,
+            grad_down,
+            grad_coefficients,
+        )
     grad_x = torch.zeros(x.shape, dtype=_wide(x.dtype), device=x.device)
     grad_gate = x.new_empty(0) if w_gate is None else x.new_zeros(w_gate.shape)
     grad_up, grad_down = x.new_zeros(w_up.shape), x.new_zeros(w_down.shape)
     grad_coefficients = coefficients.new_zeros(coefficients.shape)
     flat, flat_grad = coefficients.reshape(outputs, -1), grad_coefficients.view(outputs, -1)
-    order = ids.flatten().sort(stable=True).indices
-    counts = torch.bincount(ids.flatten(), minlength=experts).tolist()
+    chosen = torch.where(valid, ids, experts).flatten()
+    order = chosen.sort(stable=True).indices
+    counts = torch.bincount(chosen, minlength=experts + 1).tolist()
     for e, slots in enumerate(order.split(counts)):
-        if slots.numel() == 0:
+        if slots.numel() == 0 or e == experts:
             continue
         token = slots // top_k
         gate = None if w_gate is None else w_gate[e]
@@ -221,7 +229,9 @@ class Draft(torch.autograd.Function):
         )
         of_router = torch.zeros_like(router)
         if variant != STAR:
-            of_logits = _draft_logits_backward(coefficients, of_coefficients, ids, router.shape[0] - 2).to(x.dtype)
+            of_logits = _draft_logits_backward(coefficients, of_coefficients, ids, router.shape[0] - 2).to(
+                x.dtype
+            )
             of_x = of_x + of_logits @ router
             of_router = of_logits.mT @ x
         of_residual = sum(grads) if ctx.has_residual else None

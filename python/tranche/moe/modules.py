@@ -75,7 +75,9 @@ class JakiroMoE(nn.Module):
         for i in range(self.num_experts):
             for projection, name in _PROJECTIONS.items():
                 weight = getattr(self, name)[i]
-                destination[f"{prefix}experts.{i}.{projection}.weight"] = weight if keep_vars else weight.detach()
+                destination[f"{prefix}experts.{i}.{projection}.weight"] = (
+                    weight if keep_vars else weight.detach()
+                )
 
     def _load_from_state_dict(
         self,
@@ -103,8 +105,10 @@ class JakiroMoE(nn.Module):
                     with torch.no_grad():
                         own.copy_(state_dict[key])
         if strict:
-            ours = (k for k in state_dict if k.startswith(f"{prefix}experts."))
-            unexpected_keys.extend(k for k in ours if k not in known)
+            for key in state_dict:
+                child = key[len(prefix) :].split(".")[0]
+                if key.startswith(prefix) and key not in known and child not in self._modules:
+                    unexpected_keys.append(key)
 
 
 def _activation_of(module: nn.Module) -> Activation | None:
@@ -155,7 +159,11 @@ class SparseMoE(nn.Module):
     @staticmethod
     def fits(block: nn.Module) -> bool:
         """Whether `block` is one that this class can stand for."""
-        if type(block).__name__ not in ("MixtralSparseMoeBlock", "Qwen2MoeSparseMoeBlock", "Qwen3MoeSparseMoeBlock"):
+        if type(block).__name__ not in (
+            "MixtralSparseMoeBlock",
+            "Qwen2MoeSparseMoeBlock",
+            "Qwen3MoeSparseMoeBlock",
+        ):
             return False
         experts = getattr(block, "experts", None)
         has_weights = isinstance(getattr(experts, "gate_up_proj", None), Tensor)

@@ -204,9 +204,7 @@ def fused_experts(
         from tranche.moe.autograd import Experts
 
         return Experts.apply(x, w_gate, w_up, w_down, topk_weights, topk_ids, code, *listed)
-    return _library.ops().moe_experts(
-        x, w_gate, w_up, w_down, topk_weights, topk_ids, code, *scales, *listed
-    )
+    return _library.ops().moe_experts(x, w_gate, w_up, w_down, topk_weights, topk_ids, code, *scales, *listed)
 
 
 @_library.register_fake("moe_experts")
@@ -242,9 +240,7 @@ def _draft(
     if _needs_grad(x, router, w_gate, w_up, w_down, residual):
         from tranche.moe.autograd import Draft
 
-        return Draft.apply(
-            x, router, w_gate, w_up, w_down, residual, (top_k, contrast, variant, activation)
-        )
+        return Draft.apply(x, router, w_gate, w_up, w_down, residual, (top_k, contrast, variant, activation))
     first, second, _, _ = _library.ops().moe_draft(
         x, router, w_gate, w_up, w_down, top_k, contrast, residual, variant, activation
     )
@@ -294,7 +290,9 @@ def draft_moe(
         ValueError: a wrong shape, dtype, device, stride or number.
     """
     if variant == "star":
-        raise ValueError("tranche.moe_draft: expected variant 'jakiro' or 'topk', got 'star'. Call draft_moe_star.")
+        raise ValueError(
+            "tranche.moe_draft: expected variant 'jakiro' or 'topk', got 'star'. Call draft_moe_star."
+        )
     codes = (
         _index("moe_draft", "variant", variant, VARIANTS),
         _index("moe_draft", "activation", activation, ACTIVATIONS),
@@ -321,7 +319,9 @@ def draft_moe_star(x: Tensor, router: Tensor, w_up: Tensor, w_down: Tensor) -> t
     Raises:
         ValueError: a wrong shape, dtype, device or stride.
     """
-    return _draft(x, router, None, w_up, w_down, 2, True, None, VARIANTS.index("star"), ACTIVATIONS.index("gelu"))
+    return _draft(
+        x, router, None, w_up, w_down, 2, True, None, VARIANTS.index("star"), ACTIVATIONS.index("gelu")
+    )
 
 
 @_library.register_fake("moe_draft")

@@ -19,9 +19,7 @@ def _finite(logits: Tensor) -> Tensor:
     return logits.clamp(-largest, largest).nan_to_num(nan=LOWEST)
 
 
-def scores_of(
-    logits: Tensor, score: str, rms_weight: Tensor | None = None, eps: float = 1e-6
-) -> Tensor:
+def scores_of(logits: Tensor, score: str, rms_weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """Scores [T, E] of logits whose NaNs are -inf already."""
     dead = logits == LOWEST
     if score == "softmax":
