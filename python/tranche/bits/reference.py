@@ -14,7 +14,7 @@ def quantize(
     """See `tranche.bits.quantize`."""
     rows, inputs = weight.shape
     groups = 1 if group_size is None else inputs // group_size
-    grouped = weight.float().reshape(rows, groups, -1)
+    grouped = weight.float().reshape(rows, groups, inputs // max(groups, 1))
     if scale is None:
         absmax = grouped.abs().amax(2) if grouped.numel() else grouped.new_ones(rows, groups)
         scale = torch.where(absmax == 0, 1.0, absmax / 127)
@@ -102,7 +102,7 @@ def dequantize(packed: PackedWeight, scale: Tensor, bits: int, dtype: torch.dtyp
     shifted = unpack(packed, bits).to(compute) * 2 ** (STORED_BITS - bits)
     groups = scale.reshape(rows, -1).size(1) if rows else 1
     return (
-        (shifted.reshape(rows, groups, -1) * scale.to(compute).reshape(rows, groups, 1))
+        (shifted.reshape(rows, groups, inputs // groups) * scale.to(compute).reshape(rows, groups, 1))
         .reshape(rows, inputs)
         .to(dtype)
     )
