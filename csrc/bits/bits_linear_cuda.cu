@@ -44,8 +44,9 @@ void launch_floats(const BitsLinearLaunch& k, void* stream) {
 template <int slices>
 void launch_slices(const BitsLinearLaunch& k, void* stream) {
   if (k.p.kind == LinearKind::weight_only) {
-    // one row needs no registers for others; rows past four would spill
-    return k.p.rows == 1 ? launch_floats<slices, 1>(k, stream) : launch_floats<slices, 4>(k, stream);
+    // one row needs no registers for others; more than these would spill, beside all five slices of a tile
+    constexpr int kRows = slices == 5 ? 3 : 4;
+    return k.p.rows == 1 ? launch_floats<slices, 1>(k, stream) : launch_floats<slices, kRows>(k, stream);
   }
   const bool few_rows = k.p.rows <= 8;  // one MMA column
   return few_rows ? launch_integers<slices, 1>(k, stream) : launch_integers<slices, 8>(k, stream);

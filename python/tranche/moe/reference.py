@@ -15,7 +15,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 def _finite(logits: Tensor) -> Tensor:
-    largest = torch.finfo(torch.float32).max
+    largest = min(torch.finfo(torch.float32).max, torch.finfo(logits.dtype).max)
     return logits.clamp(-largest, largest).nan_to_num(nan=LOWEST)
 
 
