@@ -51,7 +51,11 @@ class Linear:
 
     def ours(self, i: int) -> Tensor:
         return bits.linear(
-            self.x, self.packed[i % len(self.packed)], self.scale, self.width, activation_bits=self.activation_bits
+            self.x,
+            self.packed[i % len(self.packed)],
+            self.scale,
+            self.width,
+            activation_bits=self.activation_bits,
         )
 
     def bf16_linear(self, i: int) -> Tensor:

@@ -47,8 +47,12 @@ def test_reference(backend, dtype, head_dim):
 def test_fp64_on_the_cpu():
     arguments = sides(torch.float64, "cpu")
     for got, want in zip(merge_state(*arguments), reference.merge_state(*arguments), strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=1e-6 if got.dtype == torch.float32 else 1e-13, atol=1e-7)
-    torch.testing.assert_close(merge_state(*arguments)[0], reference.merge_state(*arguments)[0], rtol=1e-13, atol=1e-14)
+        torch.testing.assert_close(
+            got.double(), want, rtol=1e-6 if got.dtype == torch.float32 else 1e-13, atol=1e-7
+        )
+    torch.testing.assert_close(
+        merge_state(*arguments)[0], reference.merge_state(*arguments)[0], rtol=1e-13, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (1, 1, 1)])
@@ -65,7 +69,9 @@ def test_many_rows(backend):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_side_that_saw_nothing_leaves_the_other_as_it_is(backend, dtype):
     out_a, lse_a, out_b, lse_b = sides(dtype, backend.device)
-    out_b.view(torch.int32 if dtype == torch.float32 else torch.int16)[0, 0, 0, :3] = -1  # NaN with bits of its own
+    out_b.view(torch.int32 if dtype == torch.float32 else torch.int16)[
+        0, 0, 0, :3
+    ] = -1  # NaN with bits of its own
     lse_a.fill_(-INF)
     out_a.fill_(torch.nan)
     for arguments in ((out_a, lse_a, out_b, lse_b), (out_b, lse_b, out_a, lse_a)):
@@ -113,12 +119,19 @@ def test_strides_change_no_bit(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cache_in_two_parts(backend, dtype):
     """Committed tokens in one part; the nodes, and whatever is left, in the other."""
-    case = make_case(1, nodes=9, lengths=(40, 40), n_nodes=(9, 4), dtype=dtype, head_dim=32, device=backend.device)
+    case = make_case(
+        1, nodes=9, lengths=(40, 40), n_nodes=(9, 4), dtype=dtype, head_dim=32, device=backend.device
+    )
     cut = 24
-    scores = torch.einsum("bnhd,bshd->bnhs", case.q.double(), case.k[:, :cut].double().repeat_interleave(2, 2)) * 32**-0.5
+    scores = (
+        torch.einsum("bnhd,bshd->bnhs", case.q.double(), case.k[:, :cut].double().repeat_interleave(2, 2))
+        * 32**-0.5
+    )
     values = case.v[:, :cut].double().repeat_interleave(2, 2)
     far = torch.einsum("bnhs,bshd->bnhd", scores.softmax(-1), values).to(dtype), scores.logsumexp(-1).float()
-    near = tree_attention(case.q, case.k[:, cut:], case.v[:, cut:], case.seqlens - cut, case.tree, return_lse=True)
+    near = tree_attention(
+        case.q, case.k[:, cut:], case.v[:, cut:], case.seqlens - cut, case.tree, return_lse=True
+    )
     used = torch.arange(9, device=backend.device) < case.tree.n_nodes[:, None]
     want, want_lse = case.reference(return_lse=True)
     out, lse = merge_state(*far, *near)
@@ -167,4 +180,6 @@ def test_bad_arguments(backend):
     expect(r"out_b\.size\(1\) == out_a\.size\(1\) \(5\), got 4", out_a, lse_a, out_b[:, :4], lse_b)
     expect(r"lse_a of shape \[B, N, Hq\] = \[2, 5, 3\]", out_a, lse_a[:1], out_b, lse_b)
     expect("lse_b of dtype Float, got Double", out_a, lse_a, out_b, lse_b.double())
-    expect(r"out_a\.stride\(-1\) == 1", out_a.transpose(2, 3).contiguous().transpose(2, 3), lse_a, out_b, lse_b)
+    expect(
+        r"out_a\.stride\(-1\) == 1", out_a.transpose(2, 3).contiguous().transpose(2, 3), lse_a, out_b, lse_b
+    )

@@ -41,7 +41,9 @@ def directions(case: Case, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     grad_out = torch.randn(case.q.shape, generator=generator).to(case.q)
     grad_lse = torch.randn(case.q.shape[:3], generator=generator).to(case.q.device)
-    return grad_out, grad_lse * case.tree.n_nodes.gt(torch.arange(case.q.size(1), device=case.q.device)[:, None]).T[..., None]
+    return grad_out, grad_lse * case.tree.n_nodes.gt(
+        torch.arange(case.q.size(1), device=case.q.device)[:, None]
+    ).T[..., None]
 
 
 def computed(case: Case, seed: int = 0):
@@ -75,7 +77,9 @@ def test_every_head_size(backend, head_dim, dtype):
 @pytest.mark.parametrize("heads", [(1, 1), (4, 1), (8, 2), (6, 2), (7, 1), (5, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_ratio_of_heads(backend, heads, dtype):
-    assert_gradients(make_case(1, heads=heads, dtype=dtype, lengths=(70, 0), head_dim=32, device=backend.device))
+    assert_gradients(
+        make_case(1, heads=heads, dtype=dtype, lengths=(70, 0), head_dim=32, device=backend.device)
+    )
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 31, 33, 63, 64, 65, 130])
@@ -88,7 +92,16 @@ def test_node_counts(backend, nodes):
 def test_kinds_of_trees(backend, kind):
     nodes = backend.pick(200, 70)
     assert_gradients(
-        make_case(3, nodes=nodes, kind=kind, heads=(2, 1), head_dim=32, lengths=(21,), window=7, device=backend.device)
+        make_case(
+            3,
+            nodes=nodes,
+            kind=kind,
+            heads=(2, 1),
+            head_dim=32,
+            lengths=(21,),
+            window=7,
+            device=backend.device,
+        )
     )
 
 
@@ -113,7 +126,14 @@ def test_keywords(backend, name, dtype):
 @pytest.mark.parametrize("page_size", [None, 1, 3, 16, 64])
 def test_layouts(backend, layout, page_size, dtype):
     case = make_case(
-        6, nodes=5, lengths=(70, 33), head_dim=32, dtype=dtype, layout=layout, page_size=page_size, device=backend.device
+        6,
+        nodes=5,
+        lengths=(70, 33),
+        head_dim=32,
+        dtype=dtype,
+        layout=layout,
+        page_size=page_size,
+        device=backend.device,
     )
     assert_gradients(case)
     plain = make_case(6, nodes=5, lengths=(70, 33), head_dim=32, dtype=dtype, device=backend.device)
@@ -144,7 +164,9 @@ def test_an_expanded_gradient(backend):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_pages_shared_by_two_sequences_sum(backend, dtype):
-    case = make_case(8, nodes=6, lengths=(64, 40), page_size=16, head_dim=32, dtype=dtype, device=backend.device)
+    case = make_case(
+        8, nodes=6, lengths=(64, 40), page_size=16, head_dim=32, dtype=dtype, device=backend.device
+    )
     case.options["block_table"][1, :2] = case.options["block_table"][0, :2]
     assert_gradients(case)
 
@@ -152,7 +174,13 @@ def test_pages_shared_by_two_sequences_sum(backend, dtype):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_ragged_batches(backend, dtype):
     case = make_case(
-        9, nodes=40, lengths=(0, 5, 100, 41), n_nodes=(40, 0, 1, 33), head_dim=32, dtype=dtype, device=backend.device
+        9,
+        nodes=40,
+        lengths=(0, 5, 100, 41),
+        n_nodes=(40, 0, 1, 33),
+        head_dim=32,
+        dtype=dtype,
+        device=backend.device,
     )
     assert_gradients(case)
     grad_q, grad_k, grad_v = computed(case)
@@ -226,7 +254,9 @@ def test_a_padding_row_may_hold_anything(backend):
 
 
 def test_a_broken_query_stays_in_its_row_and_path(backend):
-    case = make_case(14, nodes=9, kind="binary", lengths=(0,), heads=(1, 1), head_dim=32, device=backend.device)
+    case = make_case(
+        14, nodes=9, kind="binary", lengths=(0,), heads=(1, 1), head_dim=32, device=backend.device
+    )
     want = computed(case)
     case.q[0, 7] = torch.nan
     grad_q, grad_k, _ = computed(case)
@@ -257,7 +287,9 @@ def test_gradcheck(options, page_size):
 
 
 def test_gradcheck_of_every_element():
-    case = make_case(16, nodes=3, lengths=(2,), heads=(2, 1), head_dim=32, dtype=torch.float64, softcap=1.5, window=3)
+    case = make_case(
+        16, nodes=3, lengths=(2,), heads=(2, 1), head_dim=32, dtype=torch.float64, softcap=1.5, window=3
+    )
 
     def attend(q, k, v):
         return tree_attention(q, k, v, case.seqlens, case.tree, **case.options)
@@ -267,7 +299,9 @@ def test_gradcheck_of_every_element():
 
 
 def test_fp64_matches_the_reference():
-    case = make_case(17, nodes=20, lengths=(150, 20), dtype=torch.float64, sinks=SINKS, softcap=2.0, window=60)
+    case = make_case(
+        17, nodes=20, lengths=(150, 20), dtype=torch.float64, sinks=SINKS, softcap=2.0, window=60
+    )
     wide = leaves(case, torch.float64)
     grads = directions(case)
     expected = gradients(wide, *wide.reference(return_lse=True), *grads)
@@ -277,7 +311,9 @@ def test_fp64_matches_the_reference():
 
 def test_no_second_derivative():
     case = leaves(make_case(18, head_dim=32, lengths=(3, 2)))
-    with pytest.raises(RuntimeError, match=r"expected to be differentiated once, got create_graph=True\. Its"):
+    with pytest.raises(
+        RuntimeError, match=r"expected to be differentiated once, got create_graph=True\. Its"
+    ):
         torch.autograd.grad(case.run().sum(), case.q, create_graph=True)
 
 
@@ -305,7 +341,9 @@ def test_the_results_are_those_without_gradients(backend):
 
 
 def test_every_run_is_the_same(backend):
-    case = make_case(21, nodes=30, lengths=(90, 64), page_size=16, dtype=torch.bfloat16, device=backend.device)
+    case = make_case(
+        21, nodes=30, lengths=(90, 64), page_size=16, dtype=torch.bfloat16, device=backend.device
+    )
     case.options["block_table"][1, :3] = case.options["block_table"][0, :3]
     first = computed(case)
     for _ in range(backend.pick(10, 1)):
@@ -350,7 +388,19 @@ def test_opcheck(backend):
     out, lse = case.run(return_lse=True)
     grad_out, grad_lse = directions(case)
     tree = case.tree
-    arguments = (grad_out, grad_lse, case.q, case.k, case.v, out, lse, case.seqlens, tree.ancestors, tree.depth, tree.n_nodes)
+    arguments = (
+        grad_out,
+        grad_lse,
+        case.q,
+        case.k,
+        case.v,
+        out,
+        lse,
+        case.seqlens,
+        tree.ancestors,
+        tree.depth,
+        tree.n_nodes,
+    )
     op = backend.ops().tree_attention_backward.default
     for options in ({}, {"window": 4, "query": False}, {"caches": False}):
         torch.library.opcheck(op, arguments, {"block_table": case.options["block_table"], **options})
@@ -359,7 +409,9 @@ def test_opcheck(backend):
 def test_caches_of_another_dtype(backend):
     case = make_case(25, lengths=(30, 3), cache_dtype=torch.float8_e4m3fn, device=backend.device)
     case.q.requires_grad_()
-    with pytest.raises(ValueError, match=r"expected caches of dtype torch\.float32 where gradients are wanted, got"):
+    with pytest.raises(
+        ValueError, match=r"expected caches of dtype torch\.float32 where gradients are wanted, got"
+    ):
         case.run()
     with torch.no_grad():
         assert case.run().isfinite().all()

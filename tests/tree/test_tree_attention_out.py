@@ -109,9 +109,21 @@ def test_no_gradients(backend):
 
 def test_opcheck(backend):
     case = make_case(9, lengths=(30, 3), page_size=16, device=backend.device)
-    arguments = (case.q, case.k, case.v, case.seqlens, case.tree.ancestors, case.tree.depth, case.tree.n_nodes)
+    arguments = (
+        case.q,
+        case.k,
+        case.v,
+        case.seqlens,
+        case.tree.ancestors,
+        case.tree.depth,
+        case.tree.n_nodes,
+    )
     op = backend.ops().tree_attention_out.default
-    options = {"block_table": case.options["block_table"], "return_lse": True, "out": torch.empty_like(case.q)}
+    options = {
+        "block_table": case.options["block_table"],
+        "return_lse": True,
+        "out": torch.empty_like(case.q),
+    }
     torch.library.opcheck(op, arguments, options)
 
 

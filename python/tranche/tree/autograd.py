@@ -57,7 +57,18 @@ class _Attention(torch.autograd.Function):
         grad_q = grad_k = grad_v = grad_sinks = None
         if query or caches:
             grad_q, grad_k, grad_v = _library.ops().tree_attention_backward(
-                grad_out, grad_lse, q, k_cache, v_cache, out, lse, *structure, *ctx.numbers, sinks, query, caches
+                grad_out,
+                grad_lse,
+                q,
+                k_cache,
+                v_cache,
+                out,
+                lse,
+                *structure,
+                *ctx.numbers,
+                sinks,
+                query,
+                caches,
             )
         if sinks is not None and ctx.needs_input_grad[3]:
             grad_sinks = _gradient_of_sinks(grad_out, out, lse, sinks)
@@ -109,7 +120,9 @@ class _MergeState(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+    ) -> tuple[Tensor, Tensor]:
         out, lse = _library.ops().tree_merge_state(out_a, lse_a, out_b, lse_b)
         ctx.save_for_backward(out_a, lse_a, out_b, lse_b, out, lse)
         return out, lse

@@ -103,7 +103,20 @@ def tree_attention(
             q, k_cache, v_cache, sinks, structure, scale, window, softcap, exact, (k_scale, v_scale)
         )
         return (result, lse) if return_lse else result
-    arguments = (q, k_cache, v_cache, *structure, scale, window, softcap, sinks, k_scale, v_scale, return_lse, exact)
+    arguments = (
+        q,
+        k_cache,
+        v_cache,
+        *structure,
+        scale,
+        window,
+        softcap,
+        sinks,
+        k_scale,
+        v_scale,
+        return_lse,
+        exact,
+    )
     if out is not None:
         lse = _library.ops().tree_attention_out(*arguments, out=out)
         return (out, lse) if return_lse else out
