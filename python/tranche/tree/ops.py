@@ -94,8 +94,8 @@ def tree_attention(
             they are clamped into the cache).
         RuntimeError: `out` together with an argument that requires a gradient.
 
-    Gradients flow from both results to q, both caches and sinks (see `docs/tree.md`), for caches of q's dtype. A cache's
-    gradient is dense: it has the cache's shape, and zeros in the slots that no row sees.
+    Gradients flow from both results to q, both caches and sinks (see `docs/tree-gradients.md`), for caches of q's
+    dtype. A cache's gradient is dense: it has the cache's shape, and zeros in the slots that no row sees.
     """
     structure = (cache_seqlens, tree.ancestors, tree.depth, tree.n_nodes, block_table)
     if out is None and autograd.wanted(q, k_cache, v_cache, sinks):
