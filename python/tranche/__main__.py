@@ -19,7 +19,8 @@ from tranche import _library
 from tranche.check import findings
 
 
-def _build_rows() -> list[tuple[str, str]]:
+def build_rows() -> list[tuple[str, str]]:
+    """What was built, and with what."""
     rows = [
         ("tranche", tranche.__version__),
         ("torch", torch.__version__),
@@ -96,7 +97,7 @@ def main() -> int:
     console = Console()
     if arguments.check:
         return check(console)
-    for title, rows in (("Build", _build_rows()), ("Devices", _device_rows())):
+    for title, rows in (("Build", build_rows()), ("Devices", _device_rows())):
         table = Table(title=title, show_header=False, title_justify="left")
         for row in rows:
             table.add_row(*row)
