@@ -7,6 +7,8 @@ convolution). Each offers typed functions and modules; the raw ops behind them a
 
 from tranche import _library
 from tranche import bits as bits
+from tranche import byte_llama as byte_llama
+from tranche import corpus as corpus
 from tranche import limits as limits
 from tranche import moe as moe
 from tranche import pconv as pconv
