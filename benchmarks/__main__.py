@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks import harness
 
-FAMILIES = ("tree", "moe", "bits", "pconv")
+FAMILIES = ("tree", "moe", "bits", "pconv", "decode")
 
 
 def percent(text: str) -> float:
