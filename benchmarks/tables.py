@@ -6,7 +6,8 @@ A page holds pairs of lines
     <!-- end of results -->
 
 and `python -m benchmarks.tables` fills the space between with the rows of `benchmarks/results/cpu/*.json` whose op
-has that name, so that no figure in the docs was ever typed. README's block `<!-- headline: cpu -->` takes the rows of HEADLINE.
+has that name, so that no figure in the docs was ever typed. README's block `<!-- headline: cpu -->` takes the
+rows of HEADLINE.
 """
 
 from __future__ import annotations
