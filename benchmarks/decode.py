@@ -150,8 +150,8 @@ def bookkeeping_row(dtype: str, device: str, nodes: int = 16) -> Row:
 def rows(device: str) -> list[Row]:
     """bf16 first, then the exact configuration at 8 bits."""
     return [
-        generate_row("ngram", "bf16", device, quick=True),
-        generate_row("recycling", "bf16", device, bar=True),
+        generate_row("ngram", "bf16", device, bar=True, quick=True),
+        generate_row("recycling", "bf16", device),
         generate_row("layerskip", "bf16", device),
         generate_row("ngram", "bits8", device),
         generate_row("recycling", "bits8", device),
