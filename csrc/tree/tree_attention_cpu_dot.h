@@ -16,6 +16,10 @@ namespace tranche::cpu::TRANCHE_ISA {
 constexpr int kWords = 16;      // pairs in a vector
 constexpr int kStripTiles = 3;  // row tiles worked on at a time
 
+// Rough cycles, by which the next chunk's rows are fetched meanwhile: of packing a key or a value, and of one
+// element of a head for a tile of rows in both products.
+constexpr float kPackKey = 16.0f, kPairProduct = 0.5f;
+
 TRANCHE_INLINE Vec vdot(Vec sum, __m512i x, __m512i y) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y));
 }
@@ -84,10 +88,14 @@ class DotKernel {
     }
   }
 
-  void chunk(const Block& block, const Chunk& chunk, const Partial& result) {
+  void chunk(const Block& block, const Chunk& given, const Partial& result) {
     // Packed without gaps: prefix, then nodes, then nothing up to a multiple of 16.
-    pack_keys(chunk, chunk.prefix + chunk.nodes);
-    pack_values(chunk, chunk.prefix + chunk.nodes);
+    const int keys = given.prefix + given.nodes;
+    given.prefetch->expect(float(keys) * (2 * kPackKey + float(block.tiles * dim_) * kPairProduct));
+    pack_keys(given, keys);
+    pack_values(given, keys);
+    Chunk chunk = given;
+    chunk.padded = chunk.prefix;
     for (int tile = 0; tile < block.tiles; tile += kStripTiles) {
       const int tiles = least(block.tiles - tile, kStripTiles);
       if (tiles == 3) {
@@ -141,7 +149,10 @@ class DotKernel {
   // To [keys / 16][dim / 2][16 keys].
   void pack_keys(const Chunk& chunk, int keys) const {
     gather_rows(chunk, chunk.k_row, keys);
-    for (int x = 0; x < keys; x += kWords) pack_transposed<KV>(row_ + x, 0, k_ + int64_t(x) * dim_ / 2);
+    for (int x = 0; x < keys; x += kWords) {
+      pack_transposed<KV>(row_ + x, 0, k_ + int64_t(x) * dim_ / 2);
+      chunk.prefetch->work(kWords * kPackKey);
+    }
   }
 
   // To [dim / 16][pairs][16 columns]. NaN and infinity are left out and their keys listed: 0 times them is
@@ -167,6 +178,7 @@ class DotKernel {
         bad_second |= bad_y;
         _mm512_store_si512(v_ + (int64_t(d) / kWords * pairs + i) * kWords, words);
       }
+      chunk.prefetch->work(2 * kPackKey);
       if (bad_first) special_[specials_++] = 2 * i;
       if (bad_second) special_[specials_++] = 2 * i + 1;
     }
@@ -179,6 +191,7 @@ class DotKernel {
     const uint32_t* q = q_ + tile * q_tile();
     for (int x = 0; x < keys; x += kCount) {
       Vec sums[kCount][kVecs];
+      chunk.prefetch->work(float(kCount * kVecs * dim_) * kPairProduct / 2);
       dot_block<kCount>(k_ + int64_t(x / kWords) * kWords * (dim_ / 2) + x % kWords, q, q_tile(), dim_ / 2,
                         sums);
 #pragma GCC unroll 16
@@ -192,6 +205,7 @@ class DotKernel {
     const uint32_t* weights = reinterpret_cast<const uint32_t*>(scores_);
     for (int d = 0; d < dim_; d += kCount) {
       Vec sums[kCount][kVecs];
+      chunk.prefetch->work(float(kCount * kVecs * keys) * kPairProduct / 2);
       dot_block<kCount>(v_ + int64_t(d / kWords) * kWords * pairs + d % kWords, weights, score_tile_, pairs,
                         sums);
 #pragma GCC unroll 16
@@ -223,9 +237,7 @@ class DotKernel {
     const int keys = chunk.prefix + chunk.nodes;
     const float factor = apply_softcap(p_, factor_, scores, keys);
     const int at = tile * kLanes;
-    Chunk packed = chunk;
-    packed.padded = chunk.prefix;
-    const Vec top = visible_max(packed, block, g_, tile, 0, scores);
+    const Vec top = visible_max(chunk, block, g_, tile, 0, scores);
     const Vec alpha = advance_max(result.max + at, top, factor);
     const Vec base = finite_max(vload(result.max + at)), scale = vset(factor);
     const __m512i half_ulp = _mm512_set1_epi32(0x8000), high = _mm512_set1_epi32(int(0xffff0000u));
