@@ -27,11 +27,11 @@ TRANCHE_INLINE int64_t vec_offset(int v, int64_t tile_stride) {
 }
 
 // scores[v][key] = <q[v], k[key]> for kBlockKeys keys and kVecs vectors of rows from `first` on. Chains of
-// kChain products, added in order: one chain over a long head would round twice as badly as torch's.
+// kChain products, added in order: one chain over a whole head would round twice as badly as torch's.
 template <int kVecs>
 TRANCHE_INLINE void score_block(const float* q, int64_t q_tile, const float* k, int dim, float* scores,
                                 int64_t score_tile, int first) {
-  constexpr int kChain = 64;
+  constexpr int kChain = 16;
   const float* qv[kVecs];
 #pragma GCC unroll 3
   for (int v = 0; v < kVecs; ++v) qv[v] = q + vec_offset(first + v, q_tile);

@@ -51,8 +51,14 @@ Plan make_plan(const TreeAttentionParams& p) {
   // A single node is its own path, and its slot is its position.
   l.p.exact = p.exact && p.nodes > 1;
   if (p.num_pages == 0) l.p.capacity = 0;  // a block table without pages holds nothing
-  const double base_2 = double(p.scale) * 1.4426950408889634;
-  l.score_factor = float(p.softcap > 0 ? 2.0 * base_2 / p.softcap : base_2);
+  // Natural for float32, to base 2 otherwise: see ScoreMap.
+  const bool natural = p.q_type == DType::f32;
+  const double base_2 = p.scale_f64 * 1.4426950408889634;
+  if (p.softcap > 0) {
+    l.score_factor = float((natural ? p.scale_f64 : 2.0 * base_2) / p.softcap);
+  } else {
+    l.score_factor = float(natural ? p.scale_f64 : base_2);
+  }
   l.group = p.heads_q / p.heads_kv;
   l.rows = p.nodes * l.group;
   plan.variant = choose(p, l.rows);
@@ -83,9 +89,10 @@ Plan make_plan(const TreeAttentionParams& p) {
 template <class T>
 void launch_merge(const TreeAttentionLaunch& l, void* stream) {
   const int64_t threads = int64_t(l.rows) * (l.p.head_dim / 4);
-  const dim3 grid(unsigned(ceil_div(threads, MergeTraits::kThreads)), unsigned(l.p.heads_kv),
+  const dim3 grid(unsigned(ceil_div(threads, MergeTraits<false>::kThreads)), unsigned(l.p.heads_kv),
                   unsigned(l.p.batch));
-  launch("tree_attention_merge", tree_attention_merge<T>, {grid, dim3(MergeTraits::kThreads)}, stream, l);
+  launch("tree_attention_merge", tree_attention_merge<T>, {grid, dim3(MergeTraits<false>::kThreads)}, stream,
+         l);
 }
 
 }  // namespace
