@@ -1,4 +1,6 @@
 // Plans and launches tree_attention: which variant, how many blocks, where partial results go.
+#include <cstdlib>
+
 #include "tree/tree_attention_merge.cuh"
 #include "tree/tree_attention_variants.h"
 
@@ -8,8 +10,12 @@ namespace {
 using Variant = TreeAttentionVariant;
 
 // Two blocks for each of an H200's 132 streaming multiprocessors. More splits than that only add partial
-// results.
-constexpr int64_t kBusyBlocks = 264;
+// results. TRANCHE_TREE_ATTENTION_BLOCKS is for tests, which reach every level of spans with it by short
+// caches: the bits are the same whatever it says.
+int64_t busy_blocks() {
+  const char* blocks = std::getenv("TRANCHE_TREE_ATTENTION_BLOCKS");
+  return blocks == nullptr ? 264 : std::atoll(blocks);
+}
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -64,7 +70,7 @@ Plan make_plan(const TreeAttentionParams& p) {
   plan.variant = choose(p, l.rows);
   l.row_blocks = int32_t(ceil_div(l.rows, plan.variant.rows));
   const int64_t chunks = ceil_div(l.p.capacity, kChunkSlots);
-  const int64_t busy = kBusyBlocks / (int64_t(p.batch) * p.heads_kv * l.row_blocks);
+  const int64_t busy = busy_blocks() / (int64_t(p.batch) * p.heads_kv * l.row_blocks);
   l.splits = int32_t(busy < 1 || chunks < 1 ? 1 : busy < chunks ? busy : chunks);
   const int64_t segments = ceil_div(chunks, kSegmentChunks);
   l.slots = int32_t(l.splits == 1 ? 1 : segments > l.splits ? segments : l.splits);
