@@ -74,7 +74,7 @@ def _require_untouched(module: PartialConv) -> None:
 
 def _convolved(module: PartialConv, x: Tensor) -> Tensor:
     """The channels that the module convolves, [B, c, H, W]; of the others `torch.cat` makes the one copy."""
-    conv = module.partial_conv3
+    conv: Any = module.partial_conv3
     return conv2d_slice(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
@@ -155,7 +155,7 @@ class DistanceAttention(nn.Module):
         self.num_heads, self.attn_drop, self.proj_drop = num_heads, attn_drop, proj_drop
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
-        self.rpe_k = DistanceBias(num_heads, device=device, dtype=dtype)
+        self.rpe_k: nn.Module = DistanceBias(num_heads, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C', H, W] to the same shape, channels_last."""

@@ -58,7 +58,13 @@ class Outcome:
 
 def partialnet_tiny(**kw: Any) -> PartialNet:
     """Three stages of one, two and one blocks for images of 8 x 8 pixels."""
-    given = {"num_classes": 10, "embed_dim": 16, "depths": (1, 2, 1), "patch_size": 1, "feature_dim": 128}
+    given: dict[str, Any] = {
+        "num_classes": 10,
+        "embed_dim": 16,
+        "depths": (1, 2, 1),
+        "patch_size": 1,
+        "feature_dim": 128,
+    }
     model = PartialNet(1, **(given | kw))
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):  # layers as narrow as these start too small at 0.02
@@ -105,7 +111,9 @@ def fit(
     """Train by AdamW under a one-cycle schedule; with `target`, search for ratios of that resource."""
     gates = [p for name, p in model.named_parameters() if name.endswith("gate")]
     others = [p for name, p in model.named_parameters() if not name.endswith("gate")]
-    groups = [{"params": others}, {"params": gates, "weight_decay": 0.0}] if gates else [{"params": others}]
+    groups: list[dict[str, Any]] = [{"params": others}]
+    if gates:
+        groups.append({"params": gates, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=4e-3, weight_decay=0.05)
     steps = epochs * (len(digits.train[1]) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps, pct_start=0.2)
@@ -185,7 +193,8 @@ def plot(outcome: Outcome, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure = plt.figure(figsize=(11, 6), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(2, 1))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(2, 1))
+    above, below = halves
     curves, bars = above.subplots(1, 2)
     for run in outcome.runs:
         curves.plot(range(1, len(run.accuracies) + 1), [100 * a for a in run.accuracies], label=run.name)

@@ -96,7 +96,7 @@ class DPConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to the same shape and memory format."""
-        weight, padding = self.conv.weight, self.conv.padding
+        weight, padding = self.conv.weight, self.conv.kernel_size[0] // 2
         if self.training:
             return partial_conv2d(x, weight * self.mask()[:, :, None, None], padding=padding)
         width = self.dim // self.n_div

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,31 +16,31 @@ from tranche import _library
 def _conv2d_slice(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    start: int,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    start: int = 0,
 ) -> Tensor:
     width = groups * weight.size(1)
     part = x.split([start, width, x.size(1) - start - width], dim=1)[1] if width < x.size(1) else x
-    return F.conv2d(part, weight, bias, stride, padding, dilation, groups)
+    return F.conv2d(part, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 def _partial_conv2d(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    start: int,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    start: int = 0,
 ) -> Tensor:
     width = weight.size(0)
     before, part, after = x.split([start, width, x.size(1) - start - width], dim=1)
-    mixed = F.conv2d(part, weight, bias, stride, padding, dilation, groups)
+    mixed = F.conv2d(part, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
     return torch.cat([t for t in (before, mixed, after) if t.size(1)], dim=1)
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tranche.pconv.attention import DistanceBias, PATChannel, PATSelf, PATSpatial, StyleGate
+from tranche.pconv.attention import PATChannel, PATSelf, PATSpatial, StyleGate
 from tranche.pconv.dynamic import DPConv
 from tranche.pconv.modules import PartialConv
 from tranche.pconv.ops import conv2d_slice
@@ -49,7 +49,7 @@ def _conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     folded.weight.copy_(conv.weight.double() * scale[:, None, None, None])
     assert folded.bias is not None
     folded.bias.copy_(shift if conv.bias is None else shift + scale * conv.bias.double())
-    return folded.to(memory_format=torch.channels_last)
+    return folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class FoldedGate(nn.Module):
@@ -87,7 +87,8 @@ class FoldedBlock(nn.Module):
 
     def __init__(self, block: PartialBlock) -> None:
         super().__init__()
-        mixing, mlp = block.spatial_mixing, block.mlp
+        mixing: Any = block.spatial_mixing
+        mlp: list[Any] = list(block.mlp)
         like = mlp[0].weight
         self.activation = "gelu" if isinstance(mlp[2], nn.GELU) else "relu"
 
@@ -154,7 +155,7 @@ class KeptBias(nn.Module):
 
     mask: Tensor
 
-    def __init__(self, bias: DistanceBias) -> None:
+    def __init__(self, bias: nn.Module) -> None:
         super().__init__()
         self.bias, self.size = bias, (0, 0)
         self.register_buffer("mask", bias(0, 0), persistent=False)

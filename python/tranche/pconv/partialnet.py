@@ -336,7 +336,7 @@ def _variant(
     drop_path_rate: float,
     spatial_attention: bool = False,
 ) -> PartialNet:
-    published = {
+    published: dict[str, Any] = {
         "embed_dim": embed_dim,
         "depths": depths,
         "activation": activation,
