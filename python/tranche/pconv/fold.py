@@ -109,7 +109,8 @@ class FoldedBlock(nn.Module):
             w2, b2, spatial = _spatial(mlp[4], w2)
 
         def keep(name: str, value: Tensor | None) -> None:
-            self.register_buffer(name, None if value is None else value.to(like.dtype).contiguous())
+            kept = None if value is None else value.to(like.dtype).clone(memory_format=torch.contiguous_format)
+            self.register_buffer(name, kept)
 
         keep("conv_weight", self._conv_weight(mixing))
         for name, value in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2), ("spatial_weight", spatial)):
@@ -119,7 +120,7 @@ class FoldedBlock(nn.Module):
         if isinstance(mixing, DPConv):
             mixing = mixing.freeze()
         assert isinstance(mixing, PartialConv)
-        return mixing.partial_conv3.weight.clone()
+        return mixing.partial_conv3.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to the same shape."""
@@ -190,7 +191,7 @@ class FoldedSelfBlock(FoldedBlock):
         weight = mixing.partial_conv3.weight.double()
         centre = weight.size(-1) // 2
         weight[:, :, centre, centre] += torch.eye(weight.size(0), dtype=weight.dtype, device=weight.device)
-        self.register_buffer("mixing_weight", weight.to(mixing.partial_conv3.weight.dtype))
+        self.register_buffer("mixing_weight", weight.to(mixing.partial_conv3.weight.dtype).contiguous())
         self.padding, self.norm, self.attn = centre, mixing.norm, mixing.attn
         self.attn.rpe_k = KeptBias(mixing.attn.rpe_k)
         self.attn.attn_drop = self.attn.proj_drop = 0.0
