@@ -109,7 +109,9 @@ class FoldedBlock(nn.Module):
             w2, b2, spatial = _spatial(mlp[4], w2)
 
         def keep(name: str, value: Tensor | None) -> None:
-            kept = None if value is None else value.to(like.dtype).clone(memory_format=torch.contiguous_format)
+            kept = (
+                None if value is None else value.to(like.dtype).clone(memory_format=torch.contiguous_format)
+            )
             self.register_buffer(name, kept)
 
         keep("conv_weight", self._conv_weight(mixing))
