@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks import harness, report
 
-FAMILIES = ("tree", "moe", "bits", "pconv")
+FAMILIES = ("tree", "moe", "bits", "pconv", "decode")
 
 
 def percent(text: str) -> float:

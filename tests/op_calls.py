@@ -289,6 +289,20 @@ def _(ops: Any, device: str, dtype: torch.dtype) -> None:
     ops.conv2d_slice(*convolution(device, dtype), padding=[1, 1])
 
 
+@call("partial_mlp", *FLOATS)
+def _(ops: Any, device: str, dtype: torch.dtype) -> None:
+    x, weight = convolution(device, dtype)
+    w1, b1 = normal(device, dtype, 48, 24), normal(device, dtype, 48)
+    w2, b2 = normal(device, dtype, 24, 48), normal(device, dtype, 24)
+    gates = normal(device, dtype, 2, 18), normal(device, dtype, 48), normal(device, dtype, 1)
+    ops.partial_mlp(x, weight, w1, b1, w2, b2, 1, *gates)
+
+
+@call("channel_stats", *FLOATS)
+def _(ops: Any, device: str, dtype: torch.dtype) -> None:
+    ops.channel_stats(convolution(device, dtype)[0], 6)
+
+
 # ---- rows ---------------------------------------------------------------------------------------------------------
 
 
@@ -314,3 +328,16 @@ def _(ops: Any, device: str, dtype: torch.dtype) -> None:
 def _(ops: Any, device: str, dtype: torch.dtype) -> None:
     for kind in range(3):
         ops.limit_math(torch.empty(0, device=device), kind, 1)
+
+
+# ---- rows ---------------------------------------------------------------------------------------------------------
+
+
+@call("row_silu_mul", *FLOATS)
+def _(ops: Any, device: str, dtype: torch.dtype) -> None:
+    ops.row_silu_mul(normal(device, dtype, 5, 300), normal(device, dtype, 5, 300))
+
+
+@call("row_rms_norm", *FLOATS)
+def _(ops: Any, device: str, dtype: torch.dtype) -> None:
+    ops.row_rms_norm(normal(device, dtype, 5, 300), normal(device, dtype, 300), 1e-5)

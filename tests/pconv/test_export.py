@@ -44,7 +44,7 @@ def test_folded(tmp_path, spatial):
         torch.testing.assert_close(run(path, x), want, rtol=0, atol=1e-5 * float(want.abs().max()))
 
     kinds = Counter(node.op_type for node in onnx.load(path).graph.node)
-    assert kinds["Split"] and kinds["Conv"] and kinds["Concat"]
+    assert kinds["Split"] >= 3 and kinds["Conv"] >= 3 * 3 and kinds["Concat"] >= 3
     assert not any(name.startswith("Scatter") for name in kinds)
     assert not {node.domain for node in onnx.load(path).graph.node} - {""}
 

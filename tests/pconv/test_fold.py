@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.pconv.networks import randomise
 from tranche import pconv
@@ -126,3 +127,15 @@ def test_statistics_are_needed():
     model.stages[0].blocks[0].mlp[1] = nn.BatchNorm2d(32, track_running_stats=False)
     with pytest.raises(ValueError, match=r"got stages.0.blocks.0.mlp.1 without"):
         fold(model)
+
+
+def test_counted_operations():
+    """A folded network costs its convolutions and linear layers, less what lies between 1x1 convolutions of PAT_sp."""
+    model = tiny(spatial_attention=False, device="meta").eval()
+    counts = []
+    for network in (model, fold(tiny()).to("meta")):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(torch.empty(2, 3, 24, 40, device="meta"))
+        counts.append(counter.get_total_flops())
+    last_pixels = 2 * 3 * 5
+    assert counts[1] == counts[0] + 2 * 9 * last_pixels  # the convolution of one channel that changes nothing

@@ -10,7 +10,7 @@ from tranche.pconv.dynamic import DPConv, freeze, order_loss, resource_at, resou
 from tranche.pconv.export import export_onnx
 from tranche.pconv.fold import fold
 from tranche.pconv.modules import PartialConv, replace_partial_convs
-from tranche.pconv.ops import conv2d_slice, partial_conv2d, partial_conv2d_
+from tranche.pconv.ops import channel_stats, conv2d_slice, partial_conv2d, partial_conv2d_, partial_mlp
 from tranche.pconv.partialnet import (
     PartialBlock,
     PartialNet,
@@ -30,6 +30,7 @@ __all__ = [
     "PartialBlock",
     "PartialConv",
     "PartialNet",
+    "channel_stats",
     "conv2d_slice",
     "export_onnx",
     "fold",
@@ -37,6 +38,7 @@ __all__ = [
     "order_loss",
     "partial_conv2d",
     "partial_conv2d_",
+    "partial_mlp",
     "partialnet_l",
     "partialnet_m",
     "partialnet_s",

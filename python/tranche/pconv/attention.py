@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tranche.pconv.modules import PartialConv
-from tranche.pconv.ops import conv2d_slice
-from tranche.pconv.reference import channel_stats
+from tranche.pconv.ops import channel_stats, conv2d_slice
 
 # iRPE's piecewise index (arXiv 2107.14222, equation 18): distances up to ALPHA have an entry each, farther ones share
 # entries logarithmically, and all beyond GAMMA the last one.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tranche import _library
+from tranche.pconv.ops import ACTIVATIONS
 
 
 def _conv2d_slice(
@@ -44,6 +45,43 @@ def _partial_conv2d(
     return torch.cat([t for t in (before, mixed, after) if t.size(1)], dim=1)
 
 
+def _channel_stats(x: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    part = x.split([start, x.size(1) - start], dim=1)[1]
+    return part.mean((2, 3)), part.std((2, 3))
+
+
+def _partial_mlp(
+    x: Tensor,
+    conv_weight: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    activation: int = 0,
+    gate: Tensor | None = None,
+    spatial_weight: Tensor | None = None,
+    spatial_bias: Tensor | None = None,
+    residual: bool = True,
+) -> Tensor:
+    width, channels = conv_weight.size(0), x.size(1)
+    if width < channels:
+        part, rest = x.split([width, channels - width], dim=1)
+        rest = rest if gate is None else rest * gate[:, :, None, None]
+        mixed = torch.cat([F.conv2d(part, conv_weight, padding=1), rest], dim=1)
+    else:
+        mixed = F.conv2d(x, conv_weight, padding=1)
+    hidden = F.conv2d(mixed, w1.view(-1, channels, 1, 1), b1)
+    hidden = F.relu(hidden) if activation == ACTIVATIONS["relu"] else F.gelu(hidden)
+    second = w2.view(channels, -1, 1, 1)
+    if spatial_weight is None:
+        out = F.conv2d(hidden, second, b2)
+    else:
+        score = F.conv2d(hidden, spatial_weight.view(1, -1, 1, 1), spatial_bias)
+        gated, free = F.conv2d(hidden, second).split([channels - channels // 2, channels // 2], dim=1)
+        out = torch.cat([gated * F.hardsigmoid(score), free], dim=1) + b2[:, None, None]
+    return out + x if residual else out
+
+
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     """For each op of the family, what it does in torch's ops that are ONNX operators."""
     table: dict[Any, Callable[..., Any]] = {}
@@ -51,6 +89,8 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
         ops = getattr(torch.ops, namespace)
         table[ops.conv2d_slice.default] = _conv2d_slice
         table[ops.partial_conv2d.default] = _partial_conv2d
+        table[ops.partial_mlp.default] = _partial_mlp
+        table[ops.channel_stats.default] = _channel_stats
     return table
 
 

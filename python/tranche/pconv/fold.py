@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from tranche.pconv.attention import PATChannel, PATSelf, PATSpatial, StyleGate
 from tranche.pconv.dynamic import DPConv
 from tranche.pconv.modules import PartialConv
-from tranche.pconv.ops import conv2d_slice
+from tranche.pconv.ops import channel_stats, conv2d_slice, partial_mlp
 from tranche.pconv.partialnet import PartialBlock, PatchEmbed, PatchMerging
-from tranche.pconv.reference import channel_stats, partial_mlp
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
