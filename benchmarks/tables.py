@@ -6,48 +6,62 @@ A page holds pairs of lines
     <!-- end of results -->
 
 and `python -m benchmarks.tables` fills the space between with the rows of `benchmarks/results/cpu/*.json` whose op
-has that name, so that no figure in the docs was ever typed.
+has that name, so that no figure in the docs was ever typed. README's block `<!-- headline: cpu -->` takes the
+rows of HEADLINE.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
+
+from benchmarks.report import load, markdown_table
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- results: (\S+) (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
+HEADLINE_BLOCK = re.compile(r"(<!-- headline: (\S+) -->\n).*?(<!-- end of headline -->)", re.DOTALL)
+HEADLINE = (r"^tree_attention llama-3-8b B1 N60 L(2048|16384) (bf16|fp32)$",)
+
 
 def table(machine: str, op: str) -> str:
     """The rows of one op on one machine, as Markdown."""
-    lines = []
+    blocks = []
     for path in sorted((ROOT / "benchmarks/results" / machine).glob("*.json")):
-        document = json.loads(path.read_text())
-        rows = [row for row in document["rows"] if row["name"].split()[0] == op]
-        if not rows:
-            continue
-        about = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
-        lines += [
-            f"Measured: {about}.",
-            "",
-            "| shape | us | GB/s | GFLOP/s | of its limit | times each baseline |",
-        ]
-        lines += ["| --- | ---: | ---: | ---: | --- | --- |"]
-        for row in rows:
-            ratios = ", ".join(f"{value[0]:.2f} {name}" for name, value in row["ratios"].items())
-            shape = row["name"].removeprefix(op).strip()
+        about, results = load(path)
+        rows = [r for r in results if r.name.split()[0] == op]
+        if rows:
+            measured = ", ".join(f"{key} {value}" for key, value in about.items())
+            blocks.append(f"Measured: {measured}.\n\n{markdown_table(rows)}")
+    return "\n".join(blocks) or "Not measured yet.\n"
+
+
+def headline(machine: str) -> str:
+    """The rows of HEADLINE on one machine, each against its best baseline and with the command that repeats it."""
+    lines = ["| what | times the best of its baselines | again by |", "| --- | ---: | --- |"]
+    about: dict[str, str] = {}
+    for path in sorted((ROOT / "benchmarks/results" / machine).glob("*.json")):
+        about, results = load(path)
+        for r in results:
+            if not (r.ratios and any(re.search(pattern, r.name) for pattern in HEADLINE)):
+                continue
+            name, ratio = min(r.ratios.items(), key=lambda item: item[1][0])
             lines.append(
-                f"| {shape} | {row['microseconds']:.0f} | {row['gigabytes_per_second']:.1f} | {row['gigaflops']:.0f} "
-                f"| {row['percent_of_limit']:.0f}% ({row['bound']}) | {ratios} |"
+                f"| {r.name} | {ratio[0]:.2f} ({name}; {ratio[1]:.2f}..{ratio[2]:.2f}) | `{r.command}` |"
             )
-    return "\n".join(lines) + "\n" if lines else "Not measured yet.\n"
+    return (
+        "\n".join(
+            [*lines, "", f"On {about.get('device', 'no machine yet')}, {about.get('threads', 'no')} threads."]
+        )
+        + "\n"
+    )
 
 
 def main() -> None:
-    for page in sorted((ROOT / "docs").glob("*.md")):
-        before = page.read_text()
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        before = page.read_text() if page.exists() else ""
         after = BLOCK.sub(lambda match: match[1] + table(match[2], match[3]) + match[4], before)
+        after = HEADLINE_BLOCK.sub(lambda match: match[1] + headline(match[2]) + match[3], after)
         if after != before:
             page.write_text(after)
             print(f"updated {page.relative_to(ROOT)}")

@@ -31,9 +31,7 @@ inline void opaque(V& value) {
 
 template <class V, class Step>
 Work run_chains(int64_t iterations, double operations_per_step, V start, const Step& step) {
-  // Every loop over the chains is unrolled: an array that is indexed at run time would live in memory, and
-  // its loads and stores, not the arithmetic, would be the limit measured.
-  V chain[kChains];
+  V chain[kChains];  // every loop over it unrolled: an array that is indexed would live in memory
 #pragma GCC unroll 12
   for (int c = 0; c < kChains; ++c) chain[c] = start;
   for (int64_t i = 0; i < iterations; ++i) {
@@ -47,7 +45,8 @@ Work run_chains(int64_t iterations, double operations_per_step, V start, const S
   double checksum = 0;
 #pragma GCC unroll 12
   for (int c = 0; c < kChains; ++c) {
-    memcpy(first, &chain[c], sizeof first);
+    const V last = chain[c];
+    memcpy(first, &last, sizeof first);
     checksum += first[0];
   }
   return {operations_per_step * kChains * double(iterations), checksum};
