@@ -316,6 +316,20 @@ def _(ops: Any, device: str, dtype: torch.dtype) -> None:
     ops.conv2d_slice(*convolution(device, dtype), padding=[1, 1])
 
 
+@call("partial_mlp", *FLOATS)
+def _(ops: Any, device: str, dtype: torch.dtype) -> None:
+    x, weight = convolution(device, dtype)
+    w1, b1 = normal(device, dtype, 48, 24), normal(device, dtype, 48)
+    w2, b2 = normal(device, dtype, 24, 48), normal(device, dtype, 24)
+    gates = normal(device, dtype, 2, 18), normal(device, dtype, 48), normal(device, dtype, 1)
+    ops.partial_mlp(x, weight, w1, b1, w2, b2, 1, *gates)
+
+
+@call("channel_stats", *FLOATS)
+def _(ops: Any, device: str, dtype: torch.dtype) -> None:
+    ops.channel_stats(convolution(device, dtype)[0], 6)
+
+
 # ---- rows ---------------------------------------------------------------------------------------------------------
 
 
