@@ -25,6 +25,7 @@ class Workload:
     tolerance: float
     result: Callable[[Any], Any] = lambda value: value  # of ours and of baselines, in one layout
     layouts: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
+    on_request: frozenset[str] = frozenset()  # baselines that take long to prepare: run when --vs names them
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def measure(row: Row, family: str, device: str, wanted: set[str] | None, repeats
     ours: list[float] = []
     ratios: dict[str, tuple[float, float, float]] = {}
     for name, call in workload.baselines.items():
-        if wanted is not None and name not in wanted:
+        if name not in (wanted if wanted is not None else workload.baselines.keys() - workload.on_request):
             continue
         layout = workload.layouts.get(name, workload.result)
         difference = workload.error(layout(call(0)))

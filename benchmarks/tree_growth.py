@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Row, Workload
-from tranche.tree import Accepted, Tree, compact_cache_, expand_beam, reference, select_tree
+from tranche.tree import Accepted, Tree, compact_cache_, expand_beam, reference, select_tree, write_cache_
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -250,6 +250,64 @@ def compact_row(batch: int, nodes: int, device: str, *, layers: int = 32, quick:
     )
 
 
+# ---- write_cache_ ----------------------------------------
+
+
+def rotated(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As transformers rotates keys [B, N, H, D] by tables [B, N, D]."""
+    half = k.size(-1) // 2
+    turned = torch.cat([-k[..., half:], k[..., :half]], dim=-1)
+    return k * cos[:, :, None] + turned * sin[:, :, None]
+
+
+def write_row(batch: int, nodes: int, device: str, *, rope: bool, quick: bool = False) -> Row:
+    """One layer of Llama-3-8B (8 heads of 128, bf16), with and without rotation of the keys by depth."""
+
+    def build(buffers: int) -> Workload:
+        length, shape = 64, (batch, nodes, 8, 128)
+        k, v = torch.randn(2, *shape, device=device).bfloat16()
+        buffers = min(buffers, 8)
+        caches = torch.zeros(buffers, 2, batch, length + nodes, 8, 128, dtype=torch.bfloat16, device=device)
+        tree = Tree.chain(nodes, batch, device)
+        seqlens = torch.full((batch,), length, dtype=torch.int32, device=device)
+        angles = torch.arange(length + nodes, device=device)[:, None] / 10000 ** (
+            torch.arange(64, device=device) / 64
+        )
+        cos, sin = (f(angles).repeat(1, 2) for f in (torch.cos, torch.sin))
+        row = torch.arange(batch, device=device)[:, None]
+
+        def ours(i: int) -> Tensor:
+            cache = caches[i % buffers]
+            write_cache_(k, v, cache[0], cache[1], seqlens, tree, rope=(cos, sin) if rope else None)
+            return cache
+
+        def plain(i: int) -> Tensor:
+            cache, slot = caches[i % buffers], tree.positions(seqlens)
+            cache[0][row, slot] = rotated(k.float(), cos[slot], sin[slot]).bfloat16() if rope else k
+            cache[1][row, slot] = v
+            return cache
+
+        keys = rotated(k.double(), *(t[length:].expand(batch, -1, -1).double() for t in (cos, sin)))
+        want = torch.stack([keys if rope else k.double(), v.double()])
+        return Workload(
+            ours=ours,
+            baselines={"torch": plain},
+            error=lambda cache: float((cache[:, :, length:].double() - want).abs().max()),
+            tolerance=4 * torch.finfo(torch.bfloat16).eps if rope else 0.0,
+        )
+
+    return Row(
+        op="tree_write_cache_",
+        shape=f"llama-3-8b B{batch} N{nodes}" + (" rope" if rope else ""),
+        dtype="bf16",
+        bytes_read=2 * batch * nodes * 8 * 128 * 2,
+        operations=0,
+        math="fp32",
+        build=build,
+        quick=quick,
+    )
+
+
 def rows(device: str) -> list[Row]:
     """All rows for a device."""
     table = []
@@ -262,4 +320,7 @@ def rows(device: str) -> list[Row]:
     for batch, nodes in ((1, 8), (1, 60), (8, 64), (64, 8), (1, 256)):
         table.append(select_row(batch, nodes, device, quick=nodes == 60))
         table.append(compact_row(batch, nodes, device, quick=nodes == 60))
+    for batch, nodes in ((1, 60), (8, 64), (64, 256)):
+        for rope in (False, True):
+            table.append(write_row(batch, nodes, device, rope=rope, quick=nodes == 60 and rope))
     return table

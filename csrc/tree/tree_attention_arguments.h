@@ -106,8 +106,8 @@ inline void check_lengths(const TensorChecks& check, const TreeAttentionArgument
     check.in_range("cache_seqlens", b, lengths[b], 0, a.capacity(),
                    "It counts the committed tokens in the cache.");
     const int64_t used = int64_t(lengths[b]) + counts[b];
-    check.index(used <= a.capacity(), concat("cache_seqlens[", b, "] + n_nodes[", b, "] <= ", a.capacity()),
-                concat(used),
+    if (used <= a.capacity()) continue;
+    check.index(false, concat("cache_seqlens[", b, "] + n_nodes[", b, "] <= ", a.capacity()), concat(used),
                 a.block_table ? "Give block_table more pages: the tree's nodes need slots too."
                               : "Allocate a longer cache: the tree's nodes need slots too.");
   }
@@ -118,8 +118,8 @@ inline void check_lengths(const TensorChecks& check, const TreeAttentionArgument
     const int64_t used = (int64_t(lengths[b]) + counts[b] + a.page_size() - 1) / a.page_size();
     for (int64_t i = 0; i < used; ++i) {
       const int64_t page = pages[b * columns + i];
-      check.index(page >= 0 && page < a.pages(),
-                  concat("block_table[", b, ", ", i, "] in [0, ", a.pages(), ")"), concat(page),
+      if (page >= 0 && page < a.pages()) continue;
+      check.index(false, concat("block_table[", b, ", ", i, "] in [0, ", a.pages(), ")"), concat(page),
                   "Every page that holds a used slot must exist in the cache.");
     }
   }

@@ -34,11 +34,14 @@ void check_sampling(const TensorChecks& check, const SamplingTensors& s, int64_t
   const HostValues<float> temperatures(s.temperature), shares(s.top_p);
   const HostValues<int32_t> counts(s.top_k);
   for (int64_t b = 0; b < batch; ++b) {
-    check.index(std::isfinite(temperatures[b]) && temperatures[b] >= 0,
-                concat("temperature[", b, "] finite and >= 0"), concat(temperatures[b]), "0 is greedy.");
+    if (!(std::isfinite(temperatures[b]) && temperatures[b] >= 0)) {
+      check.index(false, concat("temperature[", b, "] finite and >= 0"), concat(temperatures[b]),
+                  "0 is greedy.");
+    }
     check.in_range("top_k", b, counts[b], 0, INT32_MAX, "0 keeps all tokens.");
-    check.index(shares[b] >= 0 && shares[b] <= 1, concat("top_p[", b, "] in [0, 1]"), concat(shares[b]),
-                "1 keeps all tokens.");
+    if (!(shares[b] >= 0 && shares[b] <= 1)) {
+      check.index(false, concat("top_p[", b, "] in [0, 1]"), concat(shares[b]), "1 keeps all tokens.");
+    }
   }
 }
 
