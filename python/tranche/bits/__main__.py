@@ -23,7 +23,13 @@ def _arguments() -> argparse.Namespace:
     train.add_argument(
         "--scale-rate", type=float, default=defaults.scale_rate, help="learning rate of the scales"
     )
-    train.add_argument("--mean-bits", type=float, default=defaults.mean_bits, help="of the mixed precisions")
+    train.add_argument(
+        "--mean-bits",
+        type=int,
+        choices=train_demo.MIXED_PRECISIONS,
+        default=defaults.mean_bits,
+        help="of mixed layers",
+    )
     train.add_argument("--plot", type=Path, metavar="PATH", help="draw the table there")
     language = commands.add_parser(
         "lm-demo", help="bits per byte of a byte-level Llama trained on this machine"

@@ -34,7 +34,7 @@ def hessian_traces(
             (2 * torch.randint(2, tuple(t.shape), generator=generator) - 1).to(t.device, t.dtype)
             for t in tensors
         ]
-        directional = sum((g * v).sum() for g, v in zip(gradients, signs, strict=True))
+        directional = torch.stack([(g * v).sum() for g, v in zip(gradients, signs, strict=True)]).sum()
         products = torch.autograd.grad(directional, tensors, retain_graph=True, materialize_grads=True)
         for name, product, v in zip(names, products, signs, strict=True):
             traces[name] += float((product * v).sum()) / samples

@@ -13,18 +13,12 @@ from torch import Tensor, nn
 
 from tranche import byte_llama
 from tranche.bits.modules import convert
-from tranche.bits.ops import quantize, round_bits
+from tranche.bits.ops import quantize
 from tranche.bits.packed import STORED_BITS
 from tranche.bits.switch import at_bits
 
 PRECISIONS = (8, 6, 4, 3, 2)
 SKIP = ("lm_head",)  # the embedding is no Linear; all between them is converted
-
-
-def double_rounded(weight: Tensor, bits: int) -> Tensor:
-    """What `linear` computes with: codes of 8 bits, rounded."""
-    codes, scale = quantize(weight)
-    return round_bits(codes, bits).float() * (2 ** (STORED_BITS - bits) * scale)[:, None]
 
 
 def truncated(weight: Tensor, bits: int) -> Tensor:

@@ -76,8 +76,9 @@ class _BitSwitch(Switchable):
         kept = {name: self._buffers[name] for name in ("scale", "bias")}
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
-            if buffer is not None and self._buffers[name].dtype != torch.float32:
-                self._buffers[name] = buffer.to(self._buffers[name].device)
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != torch.float32:
+                self._buffers[name] = buffer.to(moved.device)
         return self
 
     def get_extra_state(self) -> dict[str, int]:

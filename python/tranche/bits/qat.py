@@ -26,9 +26,10 @@ class _QAT(Switchable):
     bias: nn.Parameter | None
     integer: Any  # the module it converts to
 
-    def __init__(self, module: nn.Module, precisions: Sequence[int], activations: Activations):
+    def __init__(self, module: nn.Linear | nn.Conv2d, precisions: Sequence[int], activations: Activations):
         super().__init__()
-        self.weight, self.bias = module.weight, module.bias
+        self.register_parameter("weight", module.weight)  # type: ignore[arg-type]
+        self.register_parameter("bias", module.bias)  # type: ignore[arg-type]
         _, scale = quantize(self.weight.detach().flatten(1))
         self.scale = nn.Parameter(scale)
         self.activation_bits = activations if activations == 8 else None
@@ -73,6 +74,11 @@ class QATLinear(_QAT):
 
 class QATConv2d(_QAT):
     """`nn.Conv2d` without groups, computed as `BitSwitchConv2d` will, in floating point and with gradients."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
 
     def __init__(self, module: nn.Conv2d, precisions: Sequence[int], activations: Activations):
         super().__init__(module, precisions, activations)
