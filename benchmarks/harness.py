@@ -42,6 +42,7 @@ class Row:
         default_factory=dict
     )  # baseline -> least ratio; "best" is the best baseline
     quick: bool = False
+    images: int = 0  # of one call, where it is of a network
     bytes_written: int = 0  # if they are to count beside those read
 
     @property
@@ -66,6 +67,7 @@ class Result:
     bars: dict[str, float]
     command: str
     warm_microseconds: float | None = None
+    images_per_second: float | None = None
 
     def missed_bars(self) -> list[str]:
         missed = []
@@ -138,6 +140,7 @@ def measure(row: Row, family: str, device: str, wanted: set[str] | None, repeats
         bars=row.bars,
         command=f"python -m benchmarks {family} --device {device} --only '^{_pattern(row.name)}$'",
         warm_microseconds=warm,
+        images_per_second=row.images / sample.median if row.images else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Rows of the family `pconv`: partial convolution and the fused block, at the stage shapes of PartialNet."""
+"""Rows of the family `pconv`: partial convolution and the fused block, at PartialNet's stage shapes; its networks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import pconv_network
 from benchmarks.harness import Row, Workload
 from tranche.pconv import partial_conv2d, partial_conv2d_, partial_mlp, reference
 
@@ -158,4 +159,4 @@ def rows(device: str) -> list[Row]:
                         shape = (batch, embedding << stage, 56 >> stage)
                         name = f"partialnet-{model}.{stage + 1}"
                         result.append(row(op, name, shape, "bf16", layout, device, barred=False))
-    return result
+    return result + pconv_network.rows(device)
