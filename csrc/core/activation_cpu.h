@@ -1,4 +1,4 @@
-// SiLU on vectors of float, for the CPU kernels of every family.
+// Activation functions on vectors of float, for the CPU kernels of every family.
 #pragma once
 
 #include "core/simd.h"

@@ -45,20 +45,18 @@ class PartialConvolution {
         conv_.pack(i / height, i % height, 1, packed_ + i * conv_.row_units());
       });
     }
-    parallel_for(slots_, [&](int64_t slot) {
-      for (int64_t task = slot; task < p_.batch * tasks_; task += slots_) {
-        const int64_t b = task / tasks_, first = task % tasks_ * task_rows_;
-        const int64_t rows = least(task_rows_, p_.out_height - first);
-        Unit* packed = packed_ + slot * packed_step_;
-        if (packs_first_) {
-          packed += (b * height + first * p_.stride[0]) * conv_.row_units();
-        } else {
-          conv_.pack(b, first * p_.stride[0], conv_.input_rows(rows), packed);
-        }
-        for (int64_t r = 0; r < rows; r += conv_.pass_rows()) {
-          pass(b, first + r, least(conv_.pass_rows(), rows - r),
-               packed + r * p_.stride[0] * conv_.row_units(), sums_ + slot * conv_.pass_sums());
-        }
+    parallel_tasks(p_.batch * tasks_, slots_, [&](int64_t task, int64_t slot) {
+      const int64_t b = task / tasks_, first = task % tasks_ * task_rows_;
+      const int64_t rows = least(task_rows_, p_.out_height - first);
+      Unit* packed = packed_ + slot * packed_step_;
+      if (packs_first_) {
+        packed += (b * height + first * p_.stride[0]) * conv_.row_units();
+      } else {
+        conv_.pack(b, first * p_.stride[0], conv_.input_rows(rows), packed);
+      }
+      for (int64_t r = 0; r < rows; r += conv_.pass_rows()) {
+        pass(b, first + r, least(conv_.pass_rows(), rows - r), packed + r * p_.stride[0] * conv_.row_units(),
+             sums_ + slot * conv_.pass_sums());
       }
     });
   }

@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-#include "core/parallel.h"
+#include "core/tasks.h"
 #include "pconv/partial_conv2d.h"
 #include "pconv/product_cpu.h"
 

@@ -160,16 +160,13 @@ class PartialMlp {
 
   void run() const {
     prepare();
-    parallel_for(slots_, [&](int64_t slot) {
-      const Scratch scratch(*this, scratch_ + slot * scratch_bytes_);
-      for (int64_t task = slot; task < tasks_; task += slots_) {
-        Tile tile;
-        tile.b = task / tiles_ * tile_images_;
-        tile.images = least(tile_images_, p_.batch - tile.b);
-        tile.row = task % tiles_ * tile_rows_;
-        tile.rows = least(tile_rows_, p_.height - tile.row);
-        run(tile, scratch);
-      }
+    parallel_tasks(tasks_, slots_, [&](int64_t task, int64_t slot) {
+      Tile tile;
+      tile.b = task / tiles_ * tile_images_;
+      tile.images = least(tile_images_, p_.batch - tile.b);
+      tile.row = task % tiles_ * tile_rows_;
+      tile.rows = least(tile_rows_, p_.height - tile.row);
+      run(tile, Scratch(*this, scratch_ + slot * scratch_bytes_));
     });
   }
 

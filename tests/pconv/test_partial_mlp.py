@@ -110,7 +110,7 @@ def test_against_reference(backend, name, dtype, channels_last):
     assert same_bits(block.tensors["x"], before)
 
 
-@pytest.mark.parametrize("dtype", (*FLOATS, torch.float64))
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 def test_wide(dtype):
     block = make_block(
         channels=160, width=40, hidden=320, size=(14, 13), dtype=dtype, gated=True, spatial=True
