@@ -315,7 +315,9 @@ class Draft(torch.autograd.Function):
             )
             of_x = of_x + of_logits @ router
             of_router = of_logits.mT @ x
-        of_residual = sum(grads) if ctx.has_residual else None
+        of_residual = None
+        if ctx.has_residual:  # it is added to both outputs
+            of_residual = grad + grad_contrast if contrast else grad
         return (of_x, of_router, None if w_gate is None else of_gate, of_up, of_down, of_residual, None)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +13,8 @@ LOWEST = -torch.inf
 
 def activate(x: Tensor, activation: str) -> Tensor:
     """The activation of that name."""
-    return {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}[activation](x)
+    functions: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+    return functions[activation](x)
 
 
 def _finite(logits: Tensor) -> Tensor:
@@ -114,8 +117,8 @@ def fused_experts(
     x = x.to(compute_dtype)
     out = torch.zeros_like(x)
     gate = _scaled(w_gate, w_gate_scale, compute_dtype)
-    up = _scaled(w_up, w_up_scale, compute_dtype)
-    down = _scaled(w_down, w_down_scale, compute_dtype)
+    up, down = _scaled(w_up, w_up_scale, compute_dtype), _scaled(w_down, w_down_scale, compute_dtype)
+    assert up is not None and down is not None
     for e in range(w_up.shape[0]):
         token, choice = (topk_ids == e).nonzero(as_tuple=True)
         if token.numel() == 0:
