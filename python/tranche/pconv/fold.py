@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tranche.pconv.attention import PATChannel, PATSelf, PATSpatial, StyleGate
+from tranche.pconv.attention import DistanceAttention, PATChannel, PATSelf, PATSpatial, StyleGate
 from tranche.pconv.dynamic import DPConv
 from tranche.pconv.modules import PartialConv
 from tranche.pconv.ops import channel_stats, conv2d_slice, partial_mlp
@@ -176,6 +176,31 @@ class KeptBias(nn.Module):
         super()._load_from_state_dict(*args)
 
 
+class FoldedAttention(nn.Module):
+    """The attention of PAT_sf; its linear layers are 1x1 convolutions, which our kernel does sooner than torch."""
+
+    qkv: Tensor
+    proj: Tensor
+    proj_bias: Tensor
+
+    def __init__(self, attention: DistanceAttention) -> None:
+        super().__init__()
+        self.num_heads, self.rpe_k = attention.num_heads, KeptBias(attention.rpe_k)
+        self.register_buffer("qkv", attention.qkv.weight[:, :, None, None].clone())
+        self.register_buffer("proj", attention.proj.weight[:, :, None, None].clone())
+        self.register_buffer("proj_bias", attention.proj.bias.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C', H, W] to the same shape, channels_last."""
+        batch, channels, height, width = x.shape
+        pixels = conv2d_slice(x, self.qkv).permute(0, 2, 3, 1)
+        heads = pixels.reshape(batch, height * width, 3, self.num_heads, channels // self.num_heads)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self.rpe_k(height, width)[None])
+        back = mixed.transpose(1, 2).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+        return conv2d_slice(back, self.proj, self.proj_bias)
+
+
 class FoldedSelfBlock(FoldedBlock):
     """A block with PAT_sf: z = x + cat(conv(x1), attention(LN(x2))), y = z + mlp(z).
 
@@ -193,9 +218,7 @@ class FoldedSelfBlock(FoldedBlock):
         centre = weight.size(-1) // 2
         weight[:, :, centre, centre] += torch.eye(weight.size(0), dtype=weight.dtype, device=weight.device)
         self.register_buffer("mixing_weight", weight.to(mixing.partial_conv3.weight.dtype).contiguous())
-        self.padding, self.norm, self.attn = centre, mixing.norm, mixing.attn
-        self.attn.rpe_k = KeptBias(mixing.attn.rpe_k)
-        self.attn.attn_drop = self.attn.proj_drop = 0.0
+        self.padding, self.norm, self.attn = centre, mixing.norm, FoldedAttention(mixing.attn)
 
     def _conv_weight(self, mixing: nn.Module) -> Tensor:
         assert isinstance(mixing, PATSelf)
