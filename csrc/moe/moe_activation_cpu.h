@@ -1,19 +1,11 @@
 // Activations of the experts on the CPU: vectors of float, and double.
 #pragma once
 
+#include "core/activation_cpu.h"
 #include "core/simd.h"
 #include "moe/moe_experts.h"
 
 namespace tranche::cpu::TRANCHE_ISA {
-
-constexpr float kNegativeLog2e = -1.4426950408889634f;
-
-// 2^x with x cut at 126, so that 1 + 2^x is finite; NaN stays.
-TRANCHE_INLINE Vec vexp2_bounded(Vec x) { return vexp2<6>(vselect(vlt(vset(126.0f), x), vset(126.0f), x)); }
-
-TRANCHE_INLINE Vec vsilu(Vec x) {
-  return vdiv(x, vadd(vset(1.0f), vexp2_bounded(vmul(x, vset(kNegativeLog2e)))));
-}
 
 // erfc(|z|) = exp(-z^2) t P(t) with t = 1 / (1 + z / 2), P fitted on all of z >= 0 to a relative 1e-8.
 TRANCHE_INLINE Vec verfc_of_magnitude(Vec magnitude) {

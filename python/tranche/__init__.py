@@ -12,6 +12,7 @@ from tranche import corpus as corpus
 from tranche import limits as limits
 from tranche import moe as moe
 from tranche import pconv as pconv
+from tranche import rows as rows
 from tranche import tree as tree
 
 __version__ = _library.VERSION
