@@ -1,5 +1,23 @@
 """Lossless speculative decoding of transformers models: `generate`, and the drafters that speed it up."""
 
+from tranche.decode.chains import tree_of_chains
 from tranche.decode.drafter import Context, Drafter
+from tranche.decode.generation import Output, generate
+from tranche.decode.ngram import NgramDrafter
+from tranche.decode.recycling import RecyclingDrafter
+from tranche.decode.self_drafter import BitSwitchDrafter, LayerSkipDrafter, SelfDrafter
+from tranche.decode.statistics import Statistics
 
-__all__ = ["Context", "Drafter"]
+__all__ = [
+    "BitSwitchDrafter",
+    "Context",
+    "Drafter",
+    "LayerSkipDrafter",
+    "NgramDrafter",
+    "Output",
+    "RecyclingDrafter",
+    "SelfDrafter",
+    "Statistics",
+    "generate",
+    "tree_of_chains",
+]

@@ -36,7 +36,7 @@ class Context:
         model: the target, ready to be called as `evaluate` of `tranche.tree.transformers` calls it.
         cache: the target's cache. Slots from seqlens on are free for a drafter's own passes of the target: the
             next pass of the target overwrites them.
-        tokens: int64 [B, S + 1]; the first seqlens[b] + 1 of row b are the text so far, without padding.
+        tokens: int64 [B, S + 2]; the first seqlens[b] + 1 of row b are the text so far, without padding.
         active: bool [B], the sequences that have not ended.
         tree_size: the most nodes, root included, that this step's tree should have; more are cut off. It follows
             the measured cost of a pass and what the drafter's nodes were worth, so number the likeliest nodes first.
