@@ -25,8 +25,8 @@ test: install  ## run the tests (TESTS="tests/tree -k chain" for some)
 soak: install  ## run the tests that take long
 	$(BIN)/python -m pytest -m soak --timeout 7200
 
-bench: install  ## run the microbenchmarks (QUICK=1 for a minute's worth, ARGS="tree --vs sdpa")
-	$(BIN)/python -m benchmarks $(ARGS) $(if $(QUICK),--quick)
+bench: install  ## run the microbenchmarks and write build/bench/report.md (QUICK=1 for a few rows, ARGS="tree --vs sdpa")
+	$(BIN)/python -m benchmarks $(ARGS) $(if $(QUICK),--quick) --report build/bench
 
 lint: install  ## ruff, clang-format and mypy
 	$(PIP) install --quiet --constraint constraints.txt ruff clang-format mypy

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import harness
+from benchmarks import harness, report
 
-FAMILIES = ("tree", "moe", "bits", "pconv")
+FAMILIES = ("tree", "moe", "bits", "pconv", "decode")
 
 
 def percent(text: str) -> float:
@@ -37,6 +37,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--check", action="store_true", help="fail when a row misses its bar")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw a roofline picture there")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="write a report there: Markdown, JSON, a roofline per family",
+    )
     arguments = parser.parse_args()
     unknown = set(arguments.families) - set(FAMILIES)
     if unknown:
@@ -48,25 +54,28 @@ def main() -> int:
     arguments = parse_arguments()
     # a log has no edge to fit into
     console = Console(width=None if sys.stdout.isatty() else 160)
-    rows = []
-    for family in arguments.families or FAMILIES:
-        rows += importlib.import_module(f"benchmarks.{family}").rows(arguments.device)
+    rows = {
+        family: importlib.import_module(f"benchmarks.{family}").rows(arguments.device)
+        for family in arguments.families or FAMILIES
+    }
     wanted = set(arguments.vs.split(",")) if arguments.vs else None
     with torch.inference_mode():
         results = harness.run(rows, arguments.device, wanted, arguments.quick, arguments.only)
-    harness.show(results, console)
+    report.show(results, console)
     if not results:
         console.print("No row matches; leave out --only or --quick.")
         return 1
     if arguments.json:
-        harness.save(results, arguments.device, arguments.json)
+        report.save(results, arguments.device, arguments.json)
+    if arguments.report:
+        console.print(f"Report: {report.write(results, arguments.device, arguments.report)}")
     if arguments.plot:
         from benchmarks.plot import roofline
 
         console.print(f"Roofline: {roofline(results, arguments.device, arguments.plot)}")
     complaints = [missed for r in results for missed in r.missed_bars()] if arguments.check else []
     if arguments.compare:
-        complaints += harness.slower_than(results, arguments.compare, arguments.fail_above)
+        complaints += report.slower_than(results, arguments.compare, arguments.fail_above)
     for complaint in complaints:
         console.print(f"[red]{complaint}")
     return 1 if complaints else 0

@@ -1,20 +1,15 @@
-"""What a benchmark row is, how one is measured, and how results are shown, kept and compared."""
+"""What a benchmark row is, and how one is measured."""
 
 from __future__ import annotations
 
-import json
 import math
-import platform
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from benchmarks.limits import math_limit, read_limit
 from benchmarks.timing import Call, Sample, Timer, compare, last_level_cache
@@ -57,6 +52,7 @@ class Row:
 class Result:
     """One measured line."""
 
+    family: str
     name: str
     microseconds: float
     spread: tuple[float, float]
@@ -85,7 +81,7 @@ class Result:
 ROTATION_LIMIT = 4 << 30  # bytes that rotating buffers may take
 
 
-def measure(row: Row, device: str, wanted: set[str] | None, repeats: int) -> Result:
+def measure(row: Row, family: str, device: str, wanted: set[str] | None, repeats: int) -> Result:
     """Check, then time one row against its baselines and the machine's limits."""
     rotation = min(4 * last_level_cache(device), ROTATION_LIMIT)
     buffers = max(2, math.ceil(rotation / max(row.bytes_read, 1)))
@@ -127,6 +123,7 @@ def measure(row: Row, device: str, wanted: set[str] | None, repeats: int) -> Res
     read_seconds = row.bytes_read / read_limit(device, row.bytes_read)
     math_seconds = row.operations / math_limit(device, row.math)
     return Result(
+        family=family,
         name=row.name,
         microseconds=1e6 * sample.median,
         spread=(1e6 * sample.low, 1e6 * sample.high),
@@ -137,68 +134,32 @@ def measure(row: Row, device: str, wanted: set[str] | None, repeats: int) -> Res
         error=error,
         ratios=ratios,
         bars=row.bars,
-        command=f"python -m benchmarks {row.op.split('_')[0]} --device {device} --only '{row.name}'",
+        command=f"python -m benchmarks {family} --device {device} --only '^{_pattern(row.name)}$'",
         warm_microseconds=warm,
     )
 
 
+def _pattern(name: str) -> str:
+    """A regular expression for one name; spaces need no escape, whatever `re.escape` does."""
+    return re.escape(name).replace("\\ ", " ")
+
+
 def run(
-    rows: Iterable[Row], device: str, wanted: set[str] | None, quick: bool, only: str | None
+    rows: dict[str, Iterable[Row]], device: str, wanted: set[str] | None, quick: bool, only: str | None
 ) -> list[Result]:
-    """Measure the rows asked for, behind a progress bar."""
-    chosen = [row for row in rows if (not quick or row.quick) and (only is None or re.search(only, row.name))]
+    """Measure the rows asked for of each family, behind a progress bar."""
+    chosen = [
+        (family, row)
+        for family, some in rows.items()
+        for row in some
+        if (not quick or row.quick) and (only is None or re.search(only, row.name))
+    ]
     results = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("measuring", total=len(chosen))
-        for row in chosen:
+        for family, row in chosen:
             progress.update(task, description=row.name)
-            results.append(measure(row, device, wanted, repeats=7 if quick else 15))
+            results.append(measure(row, family, device, wanted, repeats=7 if quick else 15))
             progress.advance(task)
     return results
-
-
-def show(results: list[Result], console: Console) -> None:
-    """The table a person reads."""
-    table = Table(show_lines=True)
-    for title in ("row", "us (quartiles)", "GB/s", "GFLOP/s", "% of limit", "error", "times each baseline"):
-        table.add_column(title, no_wrap=True)
-    for r in results:
-        ratios = "\n".join(f"{v[0]:.2f} {name} ({v[1]:.2f}..{v[2]:.2f})" for name, v in r.ratios.items())
-        warm = "" if r.warm_microseconds is None else f"\nwarm {r.warm_microseconds:.1f}"
-        op, _, shape = r.name.partition(" ")
-        table.add_row(
-            f"{op}\n{shape}",
-            f"{r.microseconds:.1f} ({r.spread[0]:.1f}..{r.spread[1]:.1f}){warm}",
-            f"{r.gigabytes_per_second:.1f}",
-            f"{r.gigaflops:.0f}",
-            f"{r.percent_of_limit:.0f}% {r.bound}",
-            f"{r.error:.1e}",
-            ratios,
-        )
-    console.print(table)
-    if results:
-        console.print(f"One row alone: {results[0].command}", highlight=False)
-
-
-def machine(device: str) -> dict[str, str]:
-    """What the results are results of."""
-    name = torch.cuda.get_device_name(0) if device == "cuda" else platform.processor() or platform.machine()
-    return {"device": name, "torch": torch.__version__, "threads": str(torch.get_num_threads())}
-
-
-def save(results: list[Result], device: str, path: Path) -> None:
-    """Keep results as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    document = {"machine": machine(device), "rows": [asdict(r) for r in results]}
-    path.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def slower_than(results: list[Result], path: Path, fail_above: float) -> list[str]:
-    """Rows that take longer than in an earlier file by more than the fraction `fail_above`."""
-    before = {row["name"]: row["microseconds"] for row in json.loads(path.read_text())["rows"]}
-    complaints = []
-    for r in results:
-        if r.name in before and r.microseconds > before[r.name] * (1 + fail_above):
-            complaints.append(f"{r.name}: {r.microseconds:.1f} us, was {before[r.name]:.1f} us")
-    return complaints

@@ -8,7 +8,7 @@ from benchmarks.harness import Result
 from benchmarks.limits import math_limit, read_limit
 
 
-def roofline(results: list[Result], device: str, folder: Path) -> Path:
+def roofline(results: list[Result], device: str, folder: Path, name: str = "roofline.png") -> Path:
     """Draw the rows under the machine's limits; returns the file."""
     import matplotlib
 
@@ -32,7 +32,7 @@ def roofline(results: list[Result], device: str, folder: Path) -> Path:
     axes.set_title(f"read limit {bandwidth:.0f} GB/s")
     axes.legend()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"roofline-{device}.png"
+    path = folder / name
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path

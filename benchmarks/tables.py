@@ -11,9 +11,10 @@ has that name, so that no figure in the docs was ever typed.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
+
+from benchmarks.report import load, markdown_table
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- results: (\S+) (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -21,27 +22,14 @@ BLOCK = re.compile(r"(<!-- results: (\S+) (\S+) -->\n).*?(<!-- end of results --
 
 def table(machine: str, op: str) -> str:
     """The rows of one op on one machine, as Markdown."""
-    lines = []
+    blocks = []
     for path in sorted((ROOT / "benchmarks/results" / machine).glob("*.json")):
-        document = json.loads(path.read_text())
-        rows = [row for row in document["rows"] if row["name"].split()[0] == op]
-        if not rows:
-            continue
-        about = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
-        lines += [
-            f"Measured: {about}.",
-            "",
-            "| shape | us | GB/s | GFLOP/s | of its limit | times each baseline |",
-        ]
-        lines += ["| --- | ---: | ---: | ---: | --- | --- |"]
-        for row in rows:
-            ratios = ", ".join(f"{value[0]:.2f} {name}" for name, value in row["ratios"].items())
-            shape = row["name"].removeprefix(op).strip()
-            lines.append(
-                f"| {shape} | {row['microseconds']:.0f} | {row['gigabytes_per_second']:.1f} | {row['gigaflops']:.0f} "
-                f"| {row['percent_of_limit']:.0f}% ({row['bound']}) | {ratios} |"
-            )
-    return "\n".join(lines) + "\n" if lines else "Not measured yet.\n"
+        about, results = load(path)
+        rows = [r for r in results if r.name.split()[0] == op]
+        if rows:
+            measured = ", ".join(f"{key} {value}" for key, value in about.items())
+            blocks.append(f"Measured: {measured}.\n\n{markdown_table(rows)}")
+    return "\n".join(blocks) or "Not measured yet.\n"
 
 
 def main() -> None:

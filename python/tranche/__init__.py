@@ -5,7 +5,15 @@ experts for few tokens), `tranche.bits` (one stored weight for every precision) 
 convolution). Each offers typed functions and modules; the raw ops behind them are `torch.ops.tranche.<family>_<op>`.
 """
 
-from tranche import _library
+import sys as _sys
+
+try:
+    from tranche import _library
+except ImportError as error:
+    if _sys.argv[:1] == ["-m"] and "--check" in _sys.argv:  # python -m tranche --check asks for this sentence
+        raise SystemExit(f"tranche: {error}") from None
+    raise
+
 from tranche import bits as bits
 from tranche import byte_llama as byte_llama
 from tranche import corpus as corpus

@@ -1,9 +1,14 @@
-"""`python -m tranche`: what was built, what this machine has, and which op runs on which backend."""
+"""`python -m tranche`: what was built, what this machine has, and which op runs on which backend.
+
+`python -m tranche --check` tells whether the install works, and what would mend it.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import platform
+import sys
 
 import torch
 from rich.console import Console
@@ -11,9 +16,11 @@ from rich.table import Table
 
 import tranche
 from tranche import _library
+from tranche.check import findings
 
 
-def _build_rows() -> list[tuple[str, str]]:
+def build_rows() -> list[tuple[str, str]]:
+    """What was built, and with what."""
     rows = [
         ("tranche", tranche.__version__),
         ("torch", torch.__version__),
@@ -70,10 +77,27 @@ def op_table() -> dict[str, dict[str, bool]]:
     }
 
 
-def main() -> None:
-    """Print the three tables."""
+def check(console: Console) -> int:
+    """Print what was looked at; 1 when something is to be mended."""
+    table = Table("looked at", "seen", "remedy", title="This install", title_justify="left")
+    found = findings()
+    for finding in found:
+        table.add_row(finding.what, finding.seen, finding.remedy or "")
+    console.print(table)
+    return int(any(finding.remedy for finding in found))
+
+
+def main() -> int:
+    """Print the three tables, or the check's."""
+    parser = argparse.ArgumentParser(prog="python -m tranche", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--check", action="store_true", help="tell whether this install works, or what would mend it"
+    )
+    arguments = parser.parse_args()
     console = Console()
-    for title, rows in (("Build", _build_rows()), ("Devices", _device_rows())):
+    if arguments.check:
+        return check(console)
+    for title, rows in (("Build", build_rows()), ("Devices", _device_rows())):
         table = Table(title=title, show_header=False, title_justify="left")
         for row in rows:
             table.add_row(*row)
@@ -85,7 +109,8 @@ def main() -> None:
             f"torch.ops.tranche.{name}", *("yes" if kernels[backend] else "-" for backend in backends)
         )
     console.print(table)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,10 +7,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError as error:
+    raise ImportError("tranche needs torch 2.10 or newer, found none. Run `pip install torch`.") from error
 
 PACKAGE = Path(__file__).parent
-VERSION = metadata.version("tranche")
+try:
+    VERSION = metadata.version("tranche")
+except metadata.PackageNotFoundError as error:
+    raise ImportError(
+        f"tranche was imported from {PACKAGE}, which is not installed. Run `pip install .` in the repository."
+    ) from error
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -24,7 +32,13 @@ def _require_torch() -> None:
 def _load(name: str) -> bool:
     path = PACKAGE / f"lib{name}.so"
     if path.exists():
-        torch.ops.load_library(path)
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            raise ImportError(
+                f"{path.name} does not load beside torch {torch.__version__}: {error}. It was built for another "
+                "machine or another torch; run `pip install --force-reinstall .` in the repository."
+            ) from error
     return path.exists()
 
 

@@ -34,16 +34,13 @@ class Output:
     statistics: Statistics
 
 
-# What steps of a model with a drafter cost and earn, by batch and largest tree: one call learns for the next.
-_paces: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+# What steps of a model with a kind of drafter cost and earn, by batch and largest tree: one call learns for the next.
+_paces: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple, Pace]] = weakref.WeakKeyDictionary()
 
 
 def _pace(model: PreTrainedModel, drafter: Drafter, batch: int, tree_size: int) -> Pace:
-    try:
-        known = _paces.setdefault(model, weakref.WeakKeyDictionary()).setdefault(drafter, {})
-    except TypeError:  # a drafter that cannot be a weak key starts anew each time
-        return Pace(tree_size)
-    return known.setdefault((batch, tree_size), Pace(tree_size))
+    known = _paces.setdefault(model, {})
+    return known.setdefault((type(drafter), batch, tree_size), Pace(tree_size))
 
 
 def generate(

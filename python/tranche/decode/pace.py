@@ -9,7 +9,6 @@ import torch
 
 # Sizes that are told apart; a step of any other size counts for the nearest above.
 _SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 60, 80, 96, 128, 192, 256, 384, 512, 768, 1024)
-_MEASURED_FIRST = 2  # steps at each size of the opening; the first of them warms up
 _EXPLORE_EVERY = 48  # steps between two of full size
 _FORGET = 0.98  # weight of the past in what a node earns, by step
 _FOLLOW = 0.1  # least weight of the present in what a step costs
@@ -48,8 +47,8 @@ class Pace:
     def __init__(self, largest: int):
         """Sizes from 1 to `largest` nodes."""
         self.sizes = [size for size in _SIZES if size < largest] + [largest]
-        opening = [largest, *(size for size in (8, 1, 24) if size < largest)]
-        self._opening = [size for size in opening for _ in range(_MEASURED_FIRST)]
+        # the largest first: it tells what all sizes earn
+        self._opening = [size for size in (largest, 8, 8, 1, 24, 24) if size <= largest]
         self._seconds: dict[int, float] = {}
         self._timed: dict[int, int] = {}
         self._accepted = [0.0] * largest
