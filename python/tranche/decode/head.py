@@ -107,7 +107,9 @@ class JakiroHead(nn.Module):
         """
         super().__init__()
         if mlp not in ("moe", "plain"):
-            raise ValueError(f"tranche.JakiroHead: expected mlp 'moe' or 'plain', got {mlp!r}. Name one of these.")
+            raise ValueError(
+                f"tranche.JakiroHead: expected mlp 'moe' or 'plain', got {mlp!r}. Name one of these."
+            )
         hidden = config.hidden_size
         if intermediate_size is None:
             # two experts of hidden_size rows, and a router of four rows, of hidden_size numbers each

@@ -107,7 +107,9 @@ class HeadCache:
         tree = Tree.from_parent(torch.cat([root, *self._parents], 1))
         start = self._seqlens - 1
         positions = tree.positions(start)[:, -k:]
-        level = Tree.from_parent(torch.arange(-1, k - 1, dtype=torch.int32, device=tokens.device).repeat(batch, 1))
+        level = Tree.from_parent(
+            torch.arange(-1, k - 1, dtype=torch.int32, device=tokens.device).repeat(batch, 1)
+        )
 
         def attend(q: Tensor, k_new: Tensor, v_new: Tensor) -> Tensor:
             write_cache_(k_new, v_new, self._k, self._v, self._seqlens + known, level)

@@ -211,9 +211,7 @@ def _step(
         contrast_weight=recipe.contrast_weight,
     )
     if not torch.isfinite(loss.total):
-        parts = {
-            field.name: getattr(loss, field.name).item() for field in dataclasses.fields(loss)
-        }
+        parts = {field.name: getattr(loss, field.name).item() for field in dataclasses.fields(loss)}
         raise FloatingPointError(
             f"tranche.train_head: expected a finite loss, got {parts} at step {step}. Lower the recipe's learning rate "
             "or, where the target's features are not finite, its precision."

@@ -13,6 +13,7 @@ from tranche.decode.head_cache import HeadCache
 from tranche.tree import Accepted, CandidatePool, Level, Tree, expand_beam
 
 _MAX_BEAM = 128  # what expand_beam takes
+_MAX_CANDIDATES = 8192  # and what select_tree does
 
 
 class JakiroDrafter:
@@ -35,15 +36,17 @@ class JakiroDrafter:
         Raises:
             ValueError: a number out of range.
         """
-        if passes < 1 or not 1 <= beam <= _MAX_BEAM:
-            raise ValueError(
-                f"tranche.JakiroDrafter: expected passes >= 1 and beam in [1, {_MAX_BEAM}], got {passes} and {beam}. "
-                "5 and 10 are good numbers."
-            )
         self.head = head
         self.passes = passes
         self.beam = beam
         self.contrast = contrast and head.contrastive
+        candidates = beam + (passes - 1 + self.contrast) * beam**2
+        if passes < 1 or not 1 <= beam <= _MAX_BEAM or candidates > _MAX_CANDIDATES:
+            raise ValueError(
+                f"tranche.JakiroDrafter: expected passes >= 1 and beam in [1, {_MAX_BEAM}] that make at most "
+                f"{_MAX_CANDIDATES} candidates, got {passes} and {beam}, which make {candidates}. 5 and 10 are good "
+                "numbers."
+            )
 
     def prepare(self, model: PreTrainedModel, batch: int, capacity: int, device: torch.device) -> None:
         """Allocate the head's own cache.

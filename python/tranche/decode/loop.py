@@ -108,7 +108,7 @@ class Loop:
         self._active = lengths + 1 < self._end
 
     def _step(self) -> None:
-        asked = 1 if self._drafter is None or self._pace is None else self._pace.size()
+        asked = self._size()
         times = [self._clock.now()]
         tree, tokens = self._propose(asked)
         times.append(self._clock.now())
@@ -124,6 +124,11 @@ class Loop:
         self._marks.append((asked, times))
         self._steps += 1
         self._nodes += tokens.size(1)
+
+    def _size(self) -> int:
+        if self._drafter is None:
+            return 1
+        return self._settings.tree_size if self._pace is None else self._pace.size()
 
     def _sampling(self) -> dict[str, Tensor]:
         settings = self._settings
