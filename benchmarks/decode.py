@@ -98,10 +98,11 @@ def bookkeeping_row(dtype: str, device: str, nodes: int = 16) -> Row:
 
     def build(buffers: int) -> Workload:
         model = model_of(dtype, device)
-        prompts = held_out_prompts(8, PROMPT).to(device)
-        mask = torch.arange(PROMPT, device=device) >= 8 * torch.arange(8, device=device)[:, None]
-        settings = Settings.of(model, prompts, mask, NEW, None, 0.0, 0, 1.0, 0, nodes)
         with torch.inference_mode(False), torch.no_grad():
+            prompts = held_out_prompts(8, PROMPT).to(device)
+            column = torch.arange(PROMPT, device=device)
+            mask = column >= 8 * torch.arange(8, device=device)[:, None]
+            settings = Settings.of(model, prompts, mask, NEW, None, 0.0, 0, 1.0, 0, nodes)
             context = target.attached(model, exact=True, capacity=settings.capacity)
             context.__enter__()  # for as long as the process lasts
             loop = Loop(model, None, settings, None, True)
@@ -115,15 +116,16 @@ def bookkeeping_row(dtype: str, device: str, nodes: int = 16) -> Row:
         accepted = Accepted(path, length, torch.ones(8, dtype=torch.int64, device=device))
 
         def step(_):
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 hidden = target.forward(model, loop._cache, tokens, tree, exact=True)
                 logits = target.logits_of(model, hidden)
                 verify_sample(tokens, tree, logits, temperature=0.0, seed=0, position=seqlens.long() + 1)
             return seqlens + length + 1
 
         def ours(_):
-            loop._cache.seqlens.copy_(seqlens)
-            loop._commit(tokens, accepted, nodes)
+            with torch.inference_mode(False), torch.no_grad():
+                loop._cache.seqlens.copy_(seqlens)
+                loop._commit(tokens, accepted, nodes)
             return loop._cache.seqlens
 
         return Workload(

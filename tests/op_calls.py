@@ -301,3 +301,16 @@ def _(ops: Any, device: str, dtype: torch.dtype) -> None:
 def _(ops: Any, device: str, dtype: torch.dtype) -> None:
     for kind in range(3):
         ops.limit_math(torch.empty(0, device=device), kind, 1)
+
+
+# ---- rows ---------------------------------------------------------------------------------------------------------
+
+
+@call("row_silu_mul", *FLOATS)
+def _(ops: Any, device: str, dtype: torch.dtype) -> None:
+    ops.row_silu_mul(normal(device, dtype, 5, 300), normal(device, dtype, 5, 300))
+
+
+@call("row_rms_norm", *FLOATS)
+def _(ops: Any, device: str, dtype: torch.dtype) -> None:
+    ops.row_rms_norm(normal(device, dtype, 5, 300), normal(device, dtype, 300), 1e-5)
