@@ -28,26 +28,53 @@ DOWN_8B = Layer("llama-3-8b.down", 4096, 14336)
 O_70B = Layer("llama-3-70b.o", 8192, 8192)
 
 
+INT4_GROUP = 128  # inputs that share a scale in torch's int4 product
+
+
+def prefix_copy(data: Tensor, size: int) -> Tensor:
+    """A tensor as large as data with its first `size` bytes: the rest is never read, and on Linux takes no memory."""
+    copy = torch.empty_like(data)
+    copy[:size] = data[:size]
+    return copy
+
+
 class Linear:
-    """One layer over rotating copies of its weight, and the same in torch's words."""
+    """One layer over rotating copies of its weight, and the same in torch's words.
+
+    Each form gets as many copies as make `rotation` bytes of what it reads.
+    """
 
     def __init__(
-        self, layer: Layer, rows: int, width: int, activation_bits: int | None, device: str, buffers: int
+        self, layer: Layer, rows: int, width: int, activation_bits: int | None, device: str, rotation: int
     ):
         self.width, self.activation_bits = width, activation_bits
+        self.rotation = rotation
         codes = torch.randint(-128, 128, (layer.outputs, layer.inputs), dtype=torch.int8, device=device)
         self.scale = torch.rand(layer.outputs, device=device) * 1e-3
         first = bits.pack(codes)
-        # half precision halves the copies that fit: fewer buffers rotate as many bytes
-        few = max(2, -(-buffers * width // 16))
-        self.packed = [PackedWeight(first.data.clone(), layer.outputs, layer.inputs) for _ in range(buffers)]
+        read = first.bytes_read(width)
+        self.packed = [
+            PackedWeight(prefix_copy(first.data, read), layer.outputs, layer.inputs)
+            for _ in range(self.copies(read))
+        ]
         weight = bits.dequantize(first, self.scale, width, torch.bfloat16)
-        self.bf16 = [weight.clone() for _ in range(few)]
-        self.fp32 = [weight.float() for _ in range(max(2, few // 2))]
-        self.codes = [codes.clone() for _ in range(few)]
+        self.bf16 = [weight.clone() for _ in range(self.copies(2 * weight.numel()))]
+        self.fp32 = [weight.float() for _ in range(self.copies(4 * weight.numel()))]
+        self.codes = [codes.clone() for _ in range(self.copies(codes.numel()) if width == 8 else 0)]
+        self.int4 = self.int4_weights(bits.unpack(first, 4)) if width == 4 and device == "cpu" else []
         self.x = torch.randn(rows, layer.inputs, device=device).bfloat16()
         self.x32 = self.x.float()
         self.x_codes, self.x_scale, _ = bits.quantize_activations(self.x)
+
+    def copies(self, size: int) -> int:
+        return max(2, -(-self.rotation // size))
+
+    def int4_weights(self, codes: Tensor) -> list[Tensor]:
+        groups = codes.size(1) // INT4_GROUP
+        scales = (16 * self.scale).view(1, -1).expand(groups, -1)
+        self.int4_scales = torch.stack([scales, torch.zeros_like(scales)], dim=2).bfloat16().contiguous()
+        packed = torch._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 2)
+        return [packed.clone() for _ in range(self.copies(packed.numel()))]
 
     def ours(self, i: int) -> Tensor:
         return bits.linear(
@@ -70,6 +97,10 @@ class Linear:
     def int8pack_mm(self, i: int) -> Tensor:
         return torch._weight_int8pack_mm(self.x, self.codes[i % len(self.codes)], self.scale.bfloat16())
 
+    def int4pack_mm(self, i: int) -> Tensor:
+        weight = self.int4[i % len(self.int4)]
+        return torch._weight_int4pack_mm_for_cpu(self.x, weight, INT4_GROUP, self.int4_scales)
+
     def workload(self) -> Workload:
         weight = reference.dequantize(self.packed[0], self.scale, self.width, torch.float32)
         expected = self.x32 @ weight.T
@@ -81,6 +112,8 @@ class Linear:
             layouts["int-mm"] = lambda sums: sums * self.x_scale * self.scale
         if self.width == 8 and not self.x.is_cuda and self.x.size(0) <= 64:
             baselines["int8pack-mm"] = self.int8pack_mm
+        if self.int4:
+            baselines["int4pack-mm"] = self.int4pack_mm
         return Workload(
             ours=self.ours,
             baselines=baselines,
@@ -111,7 +144,7 @@ def linear_row(
         operations=2 * rows * layer.outputs * layer.inputs,
         math="int8" if activation_bits else "fp32",
         build=lambda buffers: Linear(
-            layer, rows, width, activation_bits, device, min(buffers, 96)
+            layer, rows, width, activation_bits, device, buffers * packed.bytes_read(width)
         ).workload(),
         bars=bars if bars and device == "cpu" else {},
         quick=quick,

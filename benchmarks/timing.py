@@ -45,7 +45,8 @@ class Timer:
     def __init__(self, device: str, buffers: int):
         self.device = device
         self.buffers = buffers
-        self._next = 0
+        # Each call walks through its own buffers: a shared count would show each of two alternating calls half of them.
+        self._next: dict[int, int] = {}
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
     def prepare(self, call: Call) -> None:
@@ -61,9 +62,9 @@ class Timer:
 
     def seconds(self, call: Call, *, rotate: bool = True) -> float:
         """Seconds of one call on the next buffer, or on the same one again."""
+        index = self._next.get(id(call), 0)
         if rotate:
-            self._next = (self._next + 1) % self.buffers
-        index = self._next
+            index = self._next[id(call)] = (index + 1) % self.buffers
         if self.device != "cuda":
             start = time.perf_counter()
             call(index)

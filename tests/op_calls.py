@@ -289,6 +289,19 @@ def _(ops: Any, device: str, dtype: torch.dtype) -> None:
     ops.conv2d_slice(*convolution(device, dtype), padding=[1, 1])
 
 
+# ---- rows ---------------------------------------------------------------------------------------------------------
+
+
+@call("row_rms_norm", *FLOATS)
+def _(ops: Any, device: str, dtype: torch.dtype) -> None:
+    ops.row_rms_norm(normal(device, dtype, 3, 70), normal(device, dtype, 70), 1e-6)
+
+
+@call("row_silu_mul", *FLOATS)
+def _(ops: Any, device: str, dtype: torch.dtype) -> None:
+    ops.row_silu_mul(normal(device, dtype, 3, 70), normal(device, dtype, 3, 70))
+
+
 # ---- limits -------------------------------------------------------------------------------------------------------
 
 

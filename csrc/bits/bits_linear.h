@@ -4,7 +4,9 @@
 // where integers are asked for. In float, each operation rounded once, groups in order:
 //   integer activations:  y = (float(sum_0) * scale_0 + float(sum_1) * scale_1 + ...) * x_scale (+ bias)
 //   weight-only:          y = total_0 * scale_0 + total_1 * scale_1 + ... (+ bias)
-// where a group's total adds blocks of 256 inputs in order, and a block is one chain of FMAs on the CPU.
+// where a group's total adds blocks of inputs in order, and a block is one chain of FMAs on the CPU: 32
+// inputs, or 256 where x is bf16 and the instruction set multiplies pairs of those (AVX-512: x0 and x2, x1
+// and x3 of every four; subnormal values count as zero).
 #pragma once
 
 #include "bits/bits_quantize_activations.h"
@@ -12,7 +14,7 @@
 
 namespace tranche {
 
-constexpr int kFloatBlock = 256;  // inputs
+constexpr int kFloatBlock = 32, kBf16Block = 256;  // inputs
 
 enum class LinearKind : int32_t {
   integers,     // x int8, out int32

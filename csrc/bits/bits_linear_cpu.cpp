@@ -1,9 +1,8 @@
-// Chooses the path, prepares the activations, and runs it.
+// Chooses the arithmetic, prepares the activations, and runs it.
 #include "bits/bits_linear.h"
 
 #include "bits/bits_linear_cpu.h"
-#include "bits/bits_linear_cpu_dot.h"
-#include "bits/bits_linear_cpu_float.h"
+#include "bits/bits_linear_cpu_blocks.h"
 #include "core/isa.h"
 #if defined(__AMX_INT8__)
 #include "bits/bits_linear_cpu_amx.h"
@@ -17,19 +16,28 @@ namespace tranche::cpu::TRANCHE_ISA {
 
 namespace {
 
-// Tiles pay from this many rows on. Groups must end where a tile's 64 inputs end.
+// AMX pays from this many rows on. Groups must end where a tile's 64 inputs end.
 bool uses_tiles(const BitsLinearParams& p) {
 #if defined(__AMX_INT8__)
   constexpr int64_t kFewestRows = 5;
   const bool groups_fit = p.groups == 1 || p.w.in_features / p.groups % 64 == 0;
-  return p.kind != LinearKind::weight_only && p.rows >= kFewestRows && groups_fit;
+  return p.rows >= kFewestRows && groups_fit;
 #else
   (void)p;
   return false;
 #endif
 }
 
-Codes prepare_codes(const BitsLinearParams& p, const Workspace& space, bool tiles) {
+// Never by the number of rows where the arithmetic would be another.
+Form form_of(const BitsLinearParams& p) {
+  if (p.kind != LinearKind::weight_only) return uses_tiles(p) ? Form::tiles_of_codes : Form::rows_of_codes;
+#if defined(__AVX512BF16__)
+  if (p.type == DType::bf16) return Form::bf16_pairs;
+#endif
+  return Form::floats;
+}
+
+void prepare_codes(const BitsLinearParams& p, const Workspace& space, Form form) {
   char* base = static_cast<char*>(p.workspace);
   BitsQuantizeActivationsParams q{};
   q.x = p.x;
@@ -42,37 +50,80 @@ Codes prepare_codes(const BitsLinearParams& p, const Workspace& space, bool tile
   q.padded_rows = space.padded_rows;
   q.padded_inputs = space.padded_inputs;
   q.groups = p.groups;
-  q.tile_rows = tiles ? 16 : 1;
+  q.tile_rows = form == Form::tiles_of_codes ? 16 : 1;
   q.x_type = p.type;
   q.x_is_codes = p.kind == LinearKind::integers;
   cpu::bits_quantize_activations(q);
-  return {q.codes, q.scale, q.row_sum, space.padded_rows, space.padded_inputs};
+}
+
+template <class T>
+void prepare_floats(const BitsLinearParams& p, const Workspace& space) {
+  parallel_for(space.padded_rows, [&p, &space](int64_t row) {
+    float* line = static_cast<float*>(p.workspace) + row * space.padded_inputs;
+    const int64_t inputs = row < p.rows ? p.w.in_features : 0;
+    if (inputs > 0) row_to_float(static_cast<const T*>(p.x) + row * p.x_stride, line, int(inputs));
+    for (int64_t i = inputs; i < space.padded_inputs; ++i) line[i] = 0.0f;
+  });
+}
+
+// Of every four inputs the first with the third, and the second with the fourth.
+void prepare_pairs(const BitsLinearParams& p, const Workspace& space) {
+  parallel_for(space.padded_rows, [&p, &space](int64_t row) {
+    uint16_t* line = static_cast<uint16_t*>(p.workspace) + row * space.padded_inputs;
+    const int64_t inputs = row < p.rows ? p.w.in_features : 0;
+    const uint16_t* x = static_cast<const uint16_t*>(p.x) + row * p.x_stride;
+    for (int64_t i = 0; i < space.padded_inputs; i += 4) {
+      uint16_t four[4] = {};
+      __builtin_memcpy(four, x + i, i + 4 <= inputs ? 8 : i < inputs ? size_t(2 * (inputs - i)) : 0);
+      const uint16_t paired[4] = {four[0], four[2], four[1], four[3]};
+      __builtin_memcpy(line + i, paired, 8);
+    }
+  });
+}
+
+Activations prepare(const BitsLinearParams& p, const Workspace& space, Form form) {
+  char* base = static_cast<char*>(p.workspace);
+  Activations x{base, nullptr, nullptr, space.padded_rows, space.padded_inputs};
+  if (form == Form::bf16_pairs) {
+    prepare_pairs(p, space);
+  } else if (form != Form::floats) {
+    prepare_codes(p, space, form);
+    x.scale = reinterpret_cast<const float*>(base + space.scale);
+    x.row_sum = reinterpret_cast<const int32_t*>(base + space.row_sum);
+  } else if (p.type == DType::f32) {
+    prepare_floats<float>(p, space);
+  } else if (p.type == DType::f16) {
+    prepare_floats<half>(p, space);
+  } else {
+    prepare_floats<bf16>(p, space);
+  }
+  return x;
 }
 
 }  // namespace
 
-int64_t bits_linear_workspace(const BitsLinearParams& p) { return workspace_of(p, uses_tiles(p)).bytes; }
+int64_t bits_linear_workspace(const BitsLinearParams& p) { return workspace_of(p, form_of(p)).bytes; }
 
 void bits_linear(const BitsLinearParams& p) {
-  const bool tiles = uses_tiles(p);
-  const Workspace space = workspace_of(p, tiles);
-  if (p.kind == LinearKind::weight_only) {
-    float* x = static_cast<float*>(p.workspace);
-    if (p.type == DType::f32) {
-      rows_to_float<float>(p, space, x);
-    } else if (p.type == DType::f16) {
-      rows_to_float<half>(p, space, x);
-    } else {
-      rows_to_float<bf16>(p, space, x);
-    }
-    linear_of_floats(p, x, space.padded_inputs);
-    return;
-  }
-  const Codes x = prepare_codes(p, space, tiles);
-#if defined(__AMX_INT8__)
-  if (tiles) return linear_by_tiles(p, x);
+  const Form form = form_of(p);
+  const Activations x = prepare(p, workspace_of(p, form), form);
+  switch (form) {
+    case Form::rows_of_codes:
+      return linear_by_blocks<IntegerEngine>(p, x);
+    case Form::floats:
+      return linear_by_blocks<FloatEngine>(p, x);
+#if defined(__AVX512BF16__)
+    case Form::bf16_pairs:
+      if (p.w.bits <= Bf16Engine<true>::kMostBitsOfTable) return linear_by_blocks<Bf16Engine<true> >(p, x);
+      return linear_by_blocks<Bf16Engine<false> >(p, x);
 #endif
-  linear_by_dots(p, x);
+#if defined(__AMX_INT8__)
+    case Form::tiles_of_codes:
+      return linear_by_tiles(p, x);
+#endif
+    default:
+      return;  // form_of names no other on this instruction set
+  }
 }
 
 }  // namespace tranche::cpu::TRANCHE_ISA

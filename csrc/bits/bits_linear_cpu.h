@@ -18,41 +18,51 @@ constexpr int kMostRows = 4;
 
 TRANCHE_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// Rows of x that one pass over the weights takes, of which some may be padding: 1, 2, 4 or 8.
-TRANCHE_INLINE int pass_rows(int64_t rows) {
+// Rows of x that the next pass over the weights takes, of which some may be padding: 1, 2, 4 or 8.
+TRANCHE_INLINE int pass_rows(int64_t left) {
   int pass = 1;
-  while (pass < rows && pass < kMostRows) pass *= 2;
+  while (pass < left && pass < kMostRows) pass *= 2;
   return pass;
 }
 
-// The workspace: activations ready for the kernel, then their scales, then their sums.
+// How activations lie in the workspace: ready for the kernel, then their scales, then their sums.
+enum class Form {
+  rows_of_codes,   // int8
+  tiles_of_codes,  // int8, in tiles of 16 rows x 64 inputs
+  bf16_pairs,
+  floats,
+};
+
 struct Workspace {
   int64_t padded_rows, padded_inputs;
   int64_t scale, row_sum, bytes;  // x is at 0; where the others start, and where all end
 };
 
-TRANCHE_INLINE Workspace workspace_of(const BitsLinearParams& p, bool tiles) {
+TRANCHE_INLINE Workspace workspace_of(const BitsLinearParams& p, Form form) {
+  const bool tiles = form == Form::tiles_of_codes;
   Workspace s{};
   s.padded_inputs = round_up(p.w.in_features, tiles ? 64 : kTileInputs);
-  s.padded_rows = round_up(p.rows, tiles ? 16 : pass_rows(p.rows));
-  const int64_t element = p.kind == LinearKind::weight_only ? 4 : 1;
+  const int64_t whole = p.rows / kMostRows * kMostRows, rest = p.rows - whole;
+  s.padded_rows = tiles ? round_up(p.rows, 16) : whole + (rest > 0 ? pass_rows(rest) : 0);
+  const int64_t element = form == Form::floats ? 4 : form == Form::bf16_pairs ? 2 : 1;
   s.scale = round_up(element * s.padded_rows * s.padded_inputs, 64);
   s.row_sum = s.scale + round_up(4 * p.rows, 64);
   s.bytes = s.row_sum + round_up(4 * p.rows * p.groups, 64);
   return s;
 }
 
-// Activations as codes, in rows or in tiles.
-struct Codes {
-  const int8_t* codes;
-  const float* scale;
-  const int32_t* row_sum;
+// Activations that are ready.
+struct Activations {
+  const void* x;
+  const float* scale;      // of codes
+  const int32_t* row_sum;  // of codes
   int64_t padded_rows, padded_inputs;
 };
 
 // Tiles that are decoded at a time, so that they are still in the first cache when they are used.
 constexpr int64_t kRunTiles = 8;
-static_assert(kRunTiles * kTileInputs == kFloatBlock, "weight-only adds up runs");
+static_assert(kRunTiles * kTileInputs % kBf16Block == 0 && kBf16Block % kFloatBlock == 0,
+              "runs are of blocks");
 
 // A thread's consecutive share of the rows of tiles, and memory of its own.
 template <class F>
@@ -108,30 +118,40 @@ static void store_row(const BitsLinearParams& p, int64_t row, int64_t row_tile, 
   }
 }
 
-// Sums of one row of x over one group, as 16 integers, each 128 row_sum too large.
-static void add_group(const int32_t* sums, int32_t row_sum, const float (&scale)[16], float (&total)[16]) {
+// Sums of one row of x over one group, each 128 row_sum too large, scaled and added to y of 16 outputs.
+static void add_integer_group(const void* sums, int32_t row_sum, const float (&scale)[16], float* y) {
+  uint32_t sum[16];
+  __builtin_memcpy(sum, sums, sizeof sum);
   for (int r = 0; r < kTileRows; ++r) {
-    const int32_t sum = int32_t(uint32_t(sums[r]) - 128u * uint32_t(row_sum));
-    total[r] = total[r] + float(sum) * scale[r];
+    y[r] = y[r] + float(int32_t(sum[r] - 128u * uint32_t(row_sum))) * scale[r];
   }
 }
 
+static void add_float_group(const void* sums, const float (&scale)[16], float* y) {
+  float sum[16];
+  __builtin_memcpy(sum, sums, sizeof sum);
+  for (int r = 0; r < kTileRows; ++r) y[r] = y[r] + sum[r] * scale[r];
+}
+
+// Multiplying with an x_scale of 1 changes nothing.
 static void finish_row(const BitsLinearParams& p, int64_t row, int64_t row_tile, float x_scale,
-                       const float (&bias)[16], const float (&total)[16]) {
+                       const float (&bias)[16], const float* total) {
   float y[16];
-  for (int r = 0; r < kTileRows; ++r) {
-    y[r] = total[r] * x_scale;
-    if (p.bias) y[r] = y[r] + bias[r];
+  for (int r = 0; r < kTileRows; ++r) y[r] = total[r] * x_scale;
+  if (p.bias) {
+    for (int r = 0; r < kTileRows; ++r) y[r] = y[r] + bias[r];
   }
   store_row(p, row, row_tile, y);
 }
 
-static void store_integers(const BitsLinearParams& p, int64_t row, int64_t row_tile, const int32_t* sums,
+static void store_integers(const BitsLinearParams& p, int64_t row, int64_t row_tile, const void* sums,
                            int32_t row_sum) {
   int32_t* out = static_cast<int32_t*>(p.out) + row * p.w.out_features + row_tile * kTileRows;
   const int64_t left = p.w.out_features - row_tile * kTileRows, n = left < kTileRows ? left : kTileRows;
+  uint32_t sum[16];
+  __builtin_memcpy(sum, sums, sizeof sum);
   for (int64_t r = 0; r < n; ++r) {
-    out[r] = int32_t(uint32_t(sums[r]) - 128u * uint32_t(row_sum)) >> (8 - p.w.bits);
+    out[r] = int32_t(sum[r] - 128u * uint32_t(row_sum)) >> (8 - p.w.bits);
   }
 }
 

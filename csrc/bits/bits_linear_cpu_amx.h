@@ -36,11 +36,11 @@ static void tile_sums(const int8_t* a0, const int8_t* a1, const uint8_t* b0, con
 }
 
 // 32 outputs from `row_tile` on (or 16, where `outputs` is one row of tiles), 32 rows of x from `first` on.
-static void tile_block(const BitsLinearParams& p, const Codes& x, const uint8_t* b0, const uint8_t* b1,
+static void tile_block(const BitsLinearParams& p, const Activations& x, const uint8_t* b0, const uint8_t* b1,
                        int64_t row_tile, int outputs, int64_t first) {
   alignas(64) int32_t sums[4][256];
   const int64_t stripe = x.padded_inputs * 16;
-  const int8_t* a0 = x.codes + first / 16 * stripe;
+  const int8_t* a0 = static_cast<const int8_t*>(x.x) + first / 16 * stripe;
   const int8_t* a1 = first + 16 < x.padded_rows ? a0 + stripe : nullptr;
   const int64_t steps = x.padded_inputs / 64, used = p.rows - first < 32 ? p.rows - first : 32;
   if (p.kind == LinearKind::integers) {
@@ -60,7 +60,7 @@ static void tile_block(const BitsLinearParams& p, const Codes& x, const uint8_t*
       load_scales(p, row_tile + o, g, scale);
       for (int64_t m = 0; m < used; ++m) {
         const int32_t row_sum = x.row_sum[(first + m) * p.groups + g];
-        add_group(&sums[m / 16 * 2 + o][m % 16 * 16], row_sum, scale, total[o][m]);
+        add_integer_group(&sums[m / 16 * 2 + o][m % 16 * 16], row_sum, scale, total[o][m]);
       }
     }
   }
@@ -74,14 +74,14 @@ static void tile_block(const BitsLinearParams& p, const Codes& x, const uint8_t*
 
 // Weights ready for tiles: where they are, or decoded to `to`, an odd last tile of inputs followed by zeros.
 static const uint8_t* tile_weights(const PackedWeight& w, int64_t row_tile, uint8_t* to) {
-  const uint8_t* weights = decode_tiles(w, row_tile, 0, w.input_tiles, to);
+  const uint8_t* weights = decode_tiles(w, row_tile, 0, w.input_tiles, kRunTiles, to);
   if (w.input_tiles % 2 == 0) return weights;
   if (weights != to) __builtin_memcpy(to, weights, size_t(w.input_tiles * kTileBytes8));
   __builtin_memset(to + w.input_tiles * kTileBytes8, 0, kTileBytes8);
   return to;
 }
 
-static void linear_by_tiles(const BitsLinearParams& p, const Codes& x) {
+static void linear_by_tiles(const BitsLinearParams& p, const Activations& x) {
   const int64_t stripe = x.padded_inputs * kTileRows;
   share_row_tiles(p, 2, 2 * stripe, [&](int64_t begin, int64_t end, uint8_t* scratch) {
     const Tiles tiles;

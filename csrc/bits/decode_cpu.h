@@ -23,12 +23,11 @@ TRANCHE_INLINE Bytes bselect(Bytes mask, Bytes yes, Bytes no) {
 }
 // x & ~(y & z)
 TRANCHE_INLINE Bytes band_nand(Bytes x, Bytes y, Bytes z) { return _mm512_ternarylogic_epi32(x, y, z, 0x70); }
+// Four signed bytes in every lane, ready for bdot.
+using FourBytes = Bytes;
+TRANCHE_INLINE FourBytes bspread(uint32_t four) { return bset(four); }
 // Lanes of 32 bits: sums of four products of bytes of w, unsigned, and of x, signed.
-TRANCHE_INLINE Bytes bdot(Bytes sum, Bytes w, const int8_t* x) {
-  int32_t four;
-  __builtin_memcpy(&four, x, 4);
-  return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(four));
-}
+TRANCHE_INLINE Bytes bdot(Bytes sum, Bytes w, const FourBytes& x) { return _mm512_dpbusd_epi32(sum, w, x); }
 TRANCHE_INLINE Vec bfloat(Bytes lanes) { return _mm512_castsi512_ps(lanes); }
 #elif defined(__AVX2__)
 using Bytes = __m256i;
@@ -47,13 +46,16 @@ TRANCHE_INLINE Bytes band_nand(Bytes x, Bytes y, Bytes z) {
   return _mm256_andnot_si256(_mm256_and_si256(y, z), x);
 }
 // Even and odd bytes as 16 bits: the instruction for pairs of bytes would saturate.
-TRANCHE_INLINE Bytes bdot(Bytes sum, Bytes w, const int8_t* x) {
-  int32_t four;
-  __builtin_memcpy(&four, x, 4);
-  const __m256i xs = _mm256_set1_epi32(four);
-  const __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(xs, 8), 8), x_odd = _mm256_srai_epi16(xs, 8);
+struct FourBytes {
+  __m256i even, odd;
+};
+TRANCHE_INLINE FourBytes bspread(uint32_t four) {
+  const __m256i x = bset(four);
+  return {_mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), _mm256_srai_epi16(x, 8)};
+}
+TRANCHE_INLINE Bytes bdot(Bytes sum, Bytes w, const FourBytes& x) {
   const __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(0xff)), odd = _mm256_srli_epi16(w, 8);
-  const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(even, x_even), _mm256_madd_epi16(odd, x_odd));
+  const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(even, x.even), _mm256_madd_epi16(odd, x.odd));
   return _mm256_add_epi32(sum, both);
 }
 TRANCHE_INLINE Vec bfloat(Bytes lanes) { return _mm256_castsi256_ps(lanes); }
@@ -77,10 +79,16 @@ TRANCHE_INLINE Bytes bleft(Bytes x, int n) { return x << uint32_t(n); }
 TRANCHE_INLINE Bytes bright(Bytes x, int n) { return x >> uint32_t(n); }
 TRANCHE_INLINE Bytes bselect(Bytes mask, Bytes yes, Bytes no) { return (mask & yes) | (~mask & no); }
 TRANCHE_INLINE Bytes band_nand(Bytes x, Bytes y, Bytes z) { return x & ~(y & z); }
-TRANCHE_INLINE Bytes bdot(Bytes sum, Bytes w, const int8_t* x) {
-  for (int j = 0; j < 4; ++j) {
-    sum += (w >> uint32_t(8 * j) & bset(0xff)) * bset(uint32_t(int32_t(x[j])));
-  }
+struct FourBytes {
+  uint32_t x[4];
+};
+TRANCHE_INLINE FourBytes bspread(uint32_t four) {
+  FourBytes to;
+  for (int j = 0; j < 4; ++j) to.x[j] = uint32_t(int32_t(int8_t(four >> (8 * j))));
+  return to;
+}
+TRANCHE_INLINE Bytes bdot(Bytes sum, Bytes w, const FourBytes& x) {
+  for (int j = 0; j < 4; ++j) sum += (w >> uint32_t(8 * j) & bset(0xff)) * bset(x.x[j]);
   return sum;
 }
 TRANCHE_INLINE Vec bfloat(Bytes lanes) { return Vec(lanes); }
@@ -137,32 +145,55 @@ TRANCHE_INLINE void decode_tile(const Streams& from, int64_t t, Rounding roundin
   }
 }
 
+// Brings a tile of later nearer: so many streams at once are more than hardware foresees.
 template <int slices>
-static void decode_run(const Streams& from, int64_t begin, int64_t end, Rounding rounding, uint8_t* to) {
-  for (int64_t t = begin; t < end; ++t)
-    decode_tile<slices>(from, t, rounding, to + (t - begin) * kTileBytes8);
+TRANCHE_INLINE void prefetch_tile(const Streams& from, int64_t t) {
+  constexpr int kTwos = slices < 4 ? slices - 1 : 3;
+#pragma GCC unroll 3
+  for (int i = 0; i < kTwos; ++i) {
+    __builtin_prefetch(from.two[i] + t * 128);
+    __builtin_prefetch(from.two[i] + t * 128 + 64);
+  }
+  __builtin_prefetch(from.one[0] + t * 64);
+  if constexpr (slices >= 5) __builtin_prefetch(from.one[1] + t * 64);
 }
 
-// Tiles [begin, end) of a row of tiles in the plain layout: decoded to `to`, or where they already are.
+template <int slices>
+static void decode_run(const Streams& from, int64_t begin, int64_t end, int64_t ahead, Rounding rounding,
+                       uint8_t* to) {
+  for (int64_t t = begin; t < end; ++t) {
+    prefetch_tile<slices>(from, t + ahead);
+    decode_tile<slices>(from, t, rounding, to + (t - begin) * kTileBytes8);
+  }
+}
+
+// Tiles [begin, end) of a row of tiles in the plain layout: decoded to `to`, or where they already are. What
+// will be read next lies `ahead` tiles later.
 static const uint8_t* decode_tiles(const PackedWeight& w, int64_t row_tile, int64_t begin, int64_t end,
-                                   uint8_t* to) {
+                                   int64_t ahead, uint8_t* to) {
   const Rounding rounding = rounding_of_bits(w.bits);
   const int64_t tile = row_tile * w.input_tiles;
-  if (w.slices == 0) return w.data + (tile + begin) * kTileBytes8;
+  if (w.slices == 0) {
+    const uint8_t* plain = w.data + (tile + begin) * kTileBytes8;
+    for (int64_t at = 0; at < (end - begin) * kTileBytes8; at += 64) {
+      __builtin_prefetch(plain + ahead * kTileBytes8 + at);
+    }
+    return plain;
+  }
   const Streams from = {{slice_stream(w, 0, tile), slice_stream(w, 2, tile), slice_stream(w, 3, tile)},
                         {slice_stream(w, 1, tile), slice_stream(w, 4, tile)}};
   switch (w.slices) {
     case 2:
-      decode_run<2>(from, begin, end, rounding, to);
+      decode_run<2>(from, begin, end, ahead, rounding, to);
       break;
     case 3:
-      decode_run<3>(from, begin, end, rounding, to);
+      decode_run<3>(from, begin, end, ahead, rounding, to);
       break;
     case 4:
-      decode_run<4>(from, begin, end, rounding, to);
+      decode_run<4>(from, begin, end, ahead, rounding, to);
       break;
     default:
-      decode_run<5>(from, begin, end, rounding, to);
+      decode_run<5>(from, begin, end, ahead, rounding, to);
   }
   return to;
 }

@@ -31,8 +31,9 @@ inline void opaque(V& value) {
 
 template <class V, class Step>
 Work run_chains(int64_t iterations, double operations_per_step, V start, const Step& step) {
-  V chain[kChains];
-  for (V& c : chain) c = start;
+  V chain[kChains];  // every loop over it unrolled: an array that is indexed would live in memory
+#pragma GCC unroll 12
+  for (int c = 0; c < kChains; ++c) chain[c] = start;
   for (int64_t i = 0; i < iterations; ++i) {
 #pragma GCC unroll 12
     for (int c = 0; c < kChains; ++c) {
@@ -42,8 +43,10 @@ Work run_chains(int64_t iterations, double operations_per_step, V start, const S
   }
   float first[sizeof(V) / sizeof(float)];
   double checksum = 0;
-  for (const V& c : chain) {
-    memcpy(first, &c, sizeof first);
+#pragma GCC unroll 12
+  for (int c = 0; c < kChains; ++c) {
+    const V last = chain[c];
+    memcpy(first, &last, sizeof first);
     checksum += first[0];
   }
   return {operations_per_step * kChains * double(iterations), checksum};

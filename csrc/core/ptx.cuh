@@ -235,6 +235,24 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
+// ---- kernels that overlap on a stream
+// ----------------------------------------------------------------------------
+
+// In a kernel launched with overlaps_previous: waits until the kernel before it has ended and its writes are
+// seen. Elsewhere it returns at once.
+__device__ __forceinline__ void grid_dependency_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Once every block has called this or ended, a kernel that may overlap this one can start.
+__device__ __forceinline__ void grid_launch_dependents() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- global memory
 // -------------------------------------------------------------------------------------------
 

@@ -66,15 +66,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_draft(const Tensor& x, const Tens
   gate.type = dtype_of_tensor(x);
   const Tensor gate_workspace = empty_on(x, {int64_t(KERNEL(moe_draft_workspace)(gate))}, ScalarType::Byte);
   gate.workspace = gate_workspace.mutable_data_ptr();
-  RUN_KERNEL(moe_draft, gate, x, router, coefficients, ids, gate_workspace);
 
-  const Plan plan = make_plan(ids, weights.experts());
   MoeExpertsParams params{};
   weights.set(params);
   params.x = gate.x;
   params.coefficients = coefficients.const_data_ptr();
-  params.offsets = data<int32_t>(plan.offsets);
-  params.slots = data<int32_t>(plan.slots);
   params.residual = residual ? residual->const_data_ptr() : nullptr;
   params.residual_stride = residual ? residual->stride(0) : 0;
   params.out[0] = first.mutable_data_ptr();
@@ -86,10 +82,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_draft(const Tensor& x, const Tens
   params.outputs = gate.outputs;
   params.activation = Activation(activation);
   params.type = gate.type;
+#if defined(TRANCHE_BACKEND_CPU)
+  RUN_KERNEL(moe_draft, gate, x, router, coefficients, ids, gate_workspace);
+  const Plan plan = make_plan(ids, weights.experts());
+  params.offsets = data<int32_t>(plan.offsets);
+  params.slots = data<int32_t>(plan.slots);
   const Tensor workspace = empty_on(x, {int64_t(KERNEL(moe_experts_workspace)(params))}, ScalarType::Byte);
   params.workspace = workspace.mutable_data_ptr();
   RUN_KERNEL(moe_experts, params, x, w_gate, w_up, w_down, coefficients, plan.offsets, plan.slots, residual,
              first, second, workspace);
+#else
+  if (gate.variant == DraftVariant::topk) params.ids = gate.ids;
+  const Tensor workspace = empty_on(x, {int64_t(KERNEL(moe_experts_workspace)(params))}, ScalarType::Byte);
+  params.workspace = workspace.mutable_data_ptr();
+  gate.experts_of = params;
+  RUN_KERNEL(moe_draft, gate, x, router, w_gate, w_up, w_down, coefficients, ids, residual, first, second,
+             gate_workspace, workspace);
+#endif
   return {first, second, coefficients, ids};
 }
 

@@ -1,11 +1,11 @@
-// The draft head's gate: from its logits to the coefficients of both outputs. What a kernel of this op
-// receives; the experts then run as in moe_experts.
+// The draft head: its gate, from logits to the coefficients of both outputs, and its experts. What a kernel
+// of this op receives.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "core/numeric.h"
+#include "moe/moe_experts.h"
 
 namespace tranche {
 
@@ -33,8 +33,11 @@ struct MoeDraftParams {
   int32_t tokens, hidden, experts, rows, top_k, outputs;
   DraftVariant variant;
   DType type;
+
+  MoeExpertsParams experts_of;  // CUDA only: the experts, with the gate's coefficients
 };
 
+// On the CPU the gate alone.
 namespace cpu {
 size_t moe_draft_workspace(const MoeDraftParams&);
 void moe_draft(const MoeDraftParams&);

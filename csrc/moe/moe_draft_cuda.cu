@@ -1,18 +1,45 @@
 #include "moe/moe_draft.cuh"
 
 namespace tranche::cuda {
+namespace {
+
+template <class T, int kColumnTiles>
+void run_up(const MoeDraftParams& p, void* stream) {
+  using Traits = MoeExpertsTraits;
+  const int features = p.experts_of.gate.data ? Traits::kRows / 2 : Traits::kRows;
+  const int blocks = gate_blocks(p) + (p.experts_of.inner + features - 1) / features;
+  const LaunchShape shape{dim3(unsigned(blocks), 2), dim3(Traits::kThreads),
+                          Traits::kPartialFloats<8 * kColumnTiles> * sizeof(float)};
+  launch("moe_draft_up", moe_draft_up_kernel<T, kColumnTiles>, shape, stream, p);
+}
+
+template <class T>
+void run(const MoeDraftParams& p, void* stream) {
+  if (p.variant == DraftVariant::topk) {
+    const LaunchShape shape{dim3(unsigned(p.tokens)), dim3(MoeChoiceTraits::kThreads)};
+    launch("moe_draft_gate", moe_draft_gate_kernel<T>, shape, stream, p);
+    return moe_experts_after(p.experts_of, stream);
+  }
+  if (few_columns(p.experts_of)) {
+    run_up<T, 2>(p, stream);
+  } else {
+    run_up<T, 8>(p, stream);
+  }
+  moe_experts_down(p.experts_of, stream);
+}
+
+}  // namespace
 
 size_t moe_draft_workspace(const MoeDraftParams&) { return 0; }
 
 void moe_draft(const MoeDraftParams& p, void* stream) {
-  const LaunchShape shape{dim3(unsigned(p.tokens)), dim3(MoeChoiceTraits::kThreads)};
   switch (p.type) {
     case DType::f32:
-      return launch("moe_draft", moe_draft_kernel<float>, shape, stream, p);
+      return run<float>(p, stream);
     case DType::f16:
-      return launch("moe_draft", moe_draft_kernel<half>, shape, stream, p);
+      return run<half>(p, stream);
     case DType::bf16:
-      return launch("moe_draft", moe_draft_kernel<bf16>, shape, stream, p);
+      return run<bf16>(p, stream);
     default:
       throw std::runtime_error("tranche: moe_draft: expected float32, float16 or bfloat16");
   }

@@ -54,14 +54,17 @@ Tensor moe_experts(const Tensor& x, const std::optional<Tensor>& w_gate, const T
     check_ids(check, topk_ids, experts);
     if (offsets) check_plan(check, *offsets, *slots, topk_ids, experts);
   }
-  const Plan plan = offsets ? Plan{*offsets, *slots} : make_plan(topk_ids, experts);
-
   MoeExpertsParams params{};
   weights.set(params);
+  const std::optional<Plan> plan = offsets ? Plan{*offsets, *slots} : plan_ahead(topk_ids, experts);
+  if (plan) {
+    params.offsets = data<int32_t>(plan->offsets);
+    params.slots = data<int32_t>(plan->slots);
+  } else {
+    params.ids = data<int32_t>(topk_ids);
+  }
   params.x = x.const_data_ptr();
   params.coefficients = topk_weights.const_data_ptr();
-  params.offsets = data<int32_t>(plan.offsets);
-  params.slots = data<int32_t>(plan.slots);
   params.out[0] = out.mutable_data_ptr();
   params.x_stride = x.stride(0);
   params.tokens = int32_t(tokens);
@@ -73,7 +76,8 @@ Tensor moe_experts(const Tensor& x, const std::optional<Tensor>& w_gate, const T
   const Tensor workspace = empty_on(x, {int64_t(KERNEL(moe_experts_workspace)(params))}, ScalarType::Byte);
   params.workspace = workspace.mutable_data_ptr();
   RUN_KERNEL(moe_experts, params, x, w_gate, w_up, w_down, w_gate_scale, w_up_scale, w_down_scale,
-             topk_weights, plan.offsets, plan.slots, out, workspace);
+             topk_weights, topk_ids, tensor_of(plan, &Plan::offsets), tensor_of(plan, &Plan::slots), out,
+             workspace);
   return out;
 }
 

@@ -7,6 +7,9 @@
 // that one lane holds both. Within a chunk lane (g, c) holds elements 8 c .. 8 c + 7 of its rows and of its
 // column, which are the operands of two MMAs when both sides number k alike: no shared memory lies between
 // memory and tensor core.
+//
+// The plan is given, or nothing needs one because every expert serves every token, or gate-and-up makes it:
+// each block lists the slots of its expert, and one block of each expert leaves them to the down kernel.
 #pragma once
 
 #include <math.h>
@@ -20,7 +23,8 @@ struct MoeExpertsTraits {
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
   static constexpr int kTiles = 2, kRows = 16 * kTiles;  // of 16 rows
   static constexpr int kChunk = 32;
-  static constexpr int kTokens = 64;  // whose sums a block of the down kernel keeps
+  static constexpr int kTokens = 64;    // whose sums a block of the down kernel keeps
+  static constexpr int kListed = 1024;  // slots of which gate-and-up makes a plan; of more moe_plan does
   static_assert(kChunk == 4 * 8, "four lanes of eight elements");
 
   static constexpr int kStride = kRows + 1;  // of a column of partial sums: off by a bank
@@ -198,38 +202,118 @@ __device__ __host__ __forceinline__ int64_t h_stride(const MoeExpertsParams& p) 
   return (int64_t(p.inner) + 7) / 8 * 8;
 }
 
+// An expert has at most as many columns as there are tokens; fewer tiles leave registers for more blocks. The
+// order of every sum is the same in both.
+inline bool few_columns(const MoeExpertsParams& p) { return p.tokens <= 16; }
+
 template <class T>
 __device__ __forceinline__ T* h_row(const MoeExpertsParams& p, int slot) {
   return static_cast<T*>(p.workspace) + slot * h_stride(p);
 }
 
-// Slots of an expert, whatever the plan holds.
+// Where a plan made on the way lies: behind h.
+__device__ __host__ __forceinline__ int64_t h_bytes(const MoeExpertsParams& p) {
+  const int64_t bytes = int64_t(p.tokens) * p.top_k * h_stride(p) * (p.type == DType::f32 ? 4 : 2);
+  return (bytes + 15) / 16 * 16;
+}
+
+__device__ __host__ __forceinline__ int32_t* made_offsets(const MoeExpertsParams& p) {
+  return reinterpret_cast<int32_t*>(static_cast<char*>(p.workspace) + h_bytes(p));
+}
+
+__device__ __host__ __forceinline__ int32_t* made_slots(const MoeExpertsParams& p) {
+  return made_offsets(p) + p.experts + 1;
+}
+
+// Slots of the experts, whatever the plan holds.
 struct SlotRange {
   int begin, end;
 };
 
-__device__ __forceinline__ SlotRange slots_of(const MoeExpertsParams& p, int expert) {
-  const int all = p.tokens * p.top_k;
-  const int begin = bounded(p.offsets[expert], 0, all);
-  return {begin, bounded(p.offsets[expert + 1], begin, all)};
+class PlanView {
+ public:
+  __device__ __forceinline__ explicit PlanView(const MoeExpertsParams& p)
+      : offsets_(p.ids ? made_offsets(p) : p.offsets),
+        slots_(p.ids ? made_slots(p) : p.slots),
+        tokens_(p.tokens),
+        top_k_(p.top_k) {}
+
+  __device__ __forceinline__ SlotRange of(int expert) const {
+    if (offsets_ == nullptr) return {expert * tokens_, (expert + 1) * tokens_};
+    const int all = tokens_ * top_k_;
+    const int begin = bounded(offsets_[expert], 0, all);
+    return {begin, bounded(offsets_[expert + 1], begin, all)};
+  }
+
+  __device__ __forceinline__ int slot(int index) const {
+    if (offsets_ == nullptr) return index % tokens_ * top_k_ + index / tokens_;
+    return bounded(slots_[index], 0, tokens_ * top_k_ - 1);
+  }
+
+  // The first index in [begin, end) whose slot is that of `token` or of a later one; slots ascend.
+  __device__ __forceinline__ int first_of(int begin, int end, int token) const {
+    const int64_t slot = int64_t(token) * top_k_;
+    while (begin < end) {
+      const int middle = begin + (end - begin) / 2;
+      if (this->slot(middle) < slot) {
+        begin = middle + 1;
+      } else {
+        end = middle;
+      }
+    }
+    return begin;
+  }
+
+ private:
+  const int32_t *offsets_, *slots_;
+  int tokens_, top_k_;
+};
+
+// Lists the slots of one expert in `listed`, in order, and returns their number. With `publish` they also go
+// to the plan in the workspace. `found` is scratch for a count from each warp.
+__device__ inline int list_slots(const MoeExpertsParams& p, int expert, bool publish, int32_t* listed,
+                                 int* found) {
+  constexpr int kThreads = MoeExpertsTraits::kThreads, kWarps = MoeExpertsTraits::kWarps;
+  const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32, all = p.tokens * p.top_k;
+  int begin = 0, count = 0;
+  for (int first = 0; first < all; first += kThreads) {
+    const int id = first + thread < all ? p.ids[first + thread] : -1;
+    const unsigned lanes = __ballot_sync(0xffffffffu, id == expert);
+    if (lane == 0) found[warp] = __popc(lanes);
+    begin += __syncthreads_count(id >= 0 && id < expert);
+    int at = count + __popc(lanes & ((1u << lane) - 1u));
+    for (int w = 0; w < kWarps; ++w) {
+      if (w < warp) at += found[w];
+      count += found[w];
+    }
+    if (id == expert) listed[at] = first + thread;
+    __syncthreads();
+  }
+  if (!publish) return count;
+  int32_t *offsets = made_offsets(p), *slots = made_slots(p);
+  if (thread == 0) offsets[expert] = begin;
+  if (thread == 0 && expert == p.experts - 1) offsets[p.experts] = begin + count;
+  for (int i = thread; i < count; i += kThreads) slots[begin + i] = listed[i];
+  return count;
 }
 
-__device__ __forceinline__ int slot_at(const MoeExpertsParams& p, int index) {
-  return bounded(p.slots[index], 0, p.tokens * p.top_k - 1);
-}
-
-// Grid: blocks of features, experts. A block owns kRows / 2 features with their gates, or kRows without
-// gates.
+// One block of gate-and-up: kRows / 2 features with their gates, or kRows without gates.
 template <class T, class W, int kColumnTiles>
-__global__ void __launch_bounds__(MoeExpertsTraits::kThreads) moe_gate_up_kernel(MoeExpertsParams p) {
+__device__ __forceinline__ void gate_up_block(const MoeExpertsParams& p, int expert, int feature_block,
+                                              float* partial) {
   constexpr int kColumns = 8 * kColumnTiles, kTiles = MoeExpertsTraits::kTiles;
-  float* partial = dynamic_smem<float>();
-  const int expert = int(blockIdx.y), g = int(threadIdx.x) % 32 / 4;
-  const SlotRange range = slots_of(p, expert);
+  SHARED(int32_t, listed, MoeExpertsTraits::kListed);
+  SHARED(int, found, MoeExpertsTraits::kWarps);
+  const int g = int(threadIdx.x) % 32 / 4;
+  const bool listing = p.ids != nullptr && p.tokens * p.top_k <= MoeExpertsTraits::kListed;
+  const PlanView plan(p);
+  const SlotRange range =
+      listing ? SlotRange{0, list_slots(p, expert, feature_block == 0, listed, found)} : plan.of(expert);
   if (range.begin == range.end) return;
+  const auto slot_at = [&](int index) { return listing ? listed[index] : plan.slot(index); };
   const bool gated = p.gate.data != nullptr;
   const int tile_features = gated ? 8 : 16, features = kTiles * tile_features;
-  const int first_feature = int(blockIdx.x) * features;
+  const int first_feature = feature_block * features;
 
   LaneRows<W> rows;
 #pragma unroll
@@ -246,7 +330,7 @@ __global__ void __launch_bounds__(MoeExpertsTraits::kThreads) moe_gate_up_kernel
 #pragma unroll
       for (int i = 0; i < kLaneColumns<T>; ++i) {
         const int c = lane_column<T>(n, i);
-        const int64_t token = c < count ? slot_at(p, first + c) / p.top_k : 0;
+        const int64_t token = c < count ? slot_at(first + c) / p.top_k : 0;
         columns.column[n][i] = c < count ? static_cast<const T*>(p.x) + token * p.x_stride : nullptr;
       }
     }
@@ -265,23 +349,18 @@ __global__ void __launch_bounds__(MoeExpertsTraits::kThreads) moe_gate_up_kernel
       } else {
         h = activate(p.activation, total<kColumns>(partial, row, c) * row_scale(p.up, expert, at, p.inner));
       }
-      h_row<T>(p, slot_at(p, first + c))[at] = from_float<T>(h);
+      h_row<T>(p, slot_at(first + c))[at] = from_float<T>(h);
     }
     __syncthreads();
   }
 }
 
-// The first index in [begin, end) whose slot is `slot` or beyond; slots ascend.
-__device__ __forceinline__ int first_slot(const MoeExpertsParams& p, int begin, int end, int64_t slot) {
-  while (begin < end) {
-    const int middle = begin + (end - begin) / 2;
-    if (p.slots[middle] < slot) {
-      begin = middle + 1;
-    } else {
-      end = middle;
-    }
-  }
-  return begin;
+// Grid: blocks of features, experts.
+template <class T, class W, int kColumnTiles>
+__global__ void __launch_bounds__(MoeExpertsTraits::kThreads) moe_gate_up_kernel(MoeExpertsParams p) {
+  ptx::grid_dependency_wait();
+  ptx::grid_launch_dependents();
+  gate_up_block<T, W, kColumnTiles>(p, int(blockIdx.y), int(blockIdx.x), dynamic_smem<float>());
 }
 
 // Grid: blocks of kRows output features, blocks of kTokens tokens. Experts in turn, in ascending order.
@@ -297,12 +376,14 @@ __global__ void __launch_bounds__(MoeExpertsTraits::kThreads) moe_down_kernel(Mo
   const int tokens = p.tokens - first_token < kTokens ? p.tokens - first_token : kTokens;
   const float* coefficients = static_cast<const float*>(p.coefficients);
   for (int i = int(threadIdx.x); i < p.outputs * kTokens * kRows; i += kThreads) sums[i] = 0.0f;
+  ptx::grid_dependency_wait();
 
+  const PlanView plan(p);
   for (int expert = 0; expert < p.experts; ++expert) {
-    const SlotRange all = slots_of(p, expert);
+    const SlotRange all = plan.of(expert);
     if (all.begin == all.end) continue;
-    const int begin = first_slot(p, all.begin, all.end, int64_t(first_token) * p.top_k);
-    const int end = first_slot(p, begin, all.end, int64_t(first_token + tokens) * p.top_k);
+    const int begin = plan.first_of(all.begin, all.end, first_token);
+    const int end = plan.first_of(begin, all.end, first_token + tokens);
     if (begin == end) continue;
     LaneRows<W> rows;
 #pragma unroll
@@ -319,7 +400,7 @@ __global__ void __launch_bounds__(MoeExpertsTraits::kThreads) moe_down_kernel(Mo
 #pragma unroll
         for (int i = 0; i < kLaneColumns<T>; ++i) {
           const int c = lane_column<T>(n, i);
-          columns.column[n][i] = c < count ? h_row<T>(p, slot_at(p, first + c)) : nullptr;
+          columns.column[n][i] = c < count ? h_row<T>(p, plan.slot(first + c)) : nullptr;
         }
       }
       multiply<T>(rows, columns, count, p.inner, partial);
@@ -329,7 +410,7 @@ __global__ void __launch_bounds__(MoeExpertsTraits::kThreads) moe_down_kernel(Mo
       const int at = first_row + lane;
       const float scale = at < p.hidden ? row_scale(p.down, expert, at, p.hidden) : 0.0f;
       for (int c = 0; c < count; ++c) {
-        const int slot = slot_at(p, first + c), token = slot / p.top_k - first_token;
+        const int slot = plan.slot(first + c), token = slot / p.top_k - first_token;
         if (token < 0 || token >= tokens || token % kWarps != warp) continue;
         const float yields = total<kColumns>(partial, lane, c) * scale;
         for (int o = 0; o < p.outputs; ++o) {

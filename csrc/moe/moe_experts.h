@@ -27,8 +27,9 @@ struct MoeExpertsParams {
   const void* x;                  // [T, H]
   ExpertMatrices gate, up, down;  // [E, I, H], [E, I, H], [E, H, I]
   const void* coefficients;       // [P, T, K] contiguous: fp32, or fp64 when `type` is
-  const int32_t* offsets;         // [E + 1] as moe_plan gives them
+  const int32_t* offsets;         // [E + 1] as moe_plan gives them; on CUDA null: the kernels make the plan
   const int32_t* slots;           // [T * K]
+  const int32_t* ids;             // [T, K], of which; null too: K == E and the k-th choice is expert k
   const void* residual;           // [T, H] or null
   void* out[2];                   // [T, H] contiguous
   void* workspace;
@@ -47,6 +48,9 @@ void moe_experts(const MoeExpertsParams&);
 namespace cuda {
 size_t moe_experts_workspace(const MoeExpertsParams&);
 void moe_experts(const MoeExpertsParams&, void* stream);
+// moe_experts after a kernel of the same op, which it may overlap, and the second of its two kernels alone.
+void moe_experts_after(const MoeExpertsParams&, void* stream);
+void moe_experts_down(const MoeExpertsParams&, void* stream);
 }  // namespace cuda
 
 }  // namespace tranche

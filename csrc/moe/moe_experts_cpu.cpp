@@ -10,6 +10,8 @@ namespace {
 
 #if defined(__AMX_BF16__)
 using Bf16Engine = AmxEngine;
+#elif defined(__AVX512BF16__)
+using Bf16Engine = DotEngine;
 #else
 using Bf16Engine = FmaEngine;
 #endif

@@ -4,7 +4,7 @@
 
 #include "core/parallel.h"
 #include "moe/moe_activation_cpu.h"
-#include "moe/moe_engine_cpu.h"
+#include "moe/moe_engine_lanes_cpu.h"
 #include "moe/moe_experts.h"
 
 namespace tranche::cpu::TRANCHE_ISA {
@@ -19,11 +19,19 @@ TRANCHE_INLINE float load_value(const T* p) {
   return to_float(*p);
 }
 
-// f(task, worker) for each task, each worker its own consecutive range.
+// f(begin, end, worker) on ranges that cover [0, tasks). Workers take what is left in shares that shrink to
+// one task: a range is consecutive, so its weights stream, and a processor that others slow down takes fewer.
 template <class F>
-TRANCHE_INLINE void parallel_ranges_of(int64_t tasks, int workers, const F& f) {
+TRANCHE_INLINE void parallel_shares(int64_t tasks, int workers, int64_t* taken, const F& f) {
   parallel_for(workers, [&](int64_t worker) {
-    f(tasks * worker / workers, tasks * (worker + 1) / workers, int(worker));
+    int64_t begin = __atomic_load_n(taken, __ATOMIC_RELAXED);
+    while (begin < tasks) {
+      const int64_t share = (tasks - begin) / (2 * workers), end = begin + (share > 0 ? share : 1);
+      if (__atomic_compare_exchange_n(taken, &begin, end, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+        f(begin, end, int(worker));
+        begin = __atomic_load_n(taken, __ATOMIC_RELAXED);
+      }
+    }
   });
 }
 
@@ -49,6 +57,7 @@ class Experts {
     x_panels_ = every_token_ ? (p.tokens + kPanel - 1) / kPanel : panels_;
     Arena arena(p.workspace);
     list_ = arena.take<ActiveExpert>(active_);
+    taken_ = arena.take<int64_t>(2 * kApart);
     x_ = arena.take<char>(x_panels_ * Engine::panel_bytes(p.hidden));
     h_ = arena.take<char>(panels_ * Engine::panel_bytes(p.inner));
     sums_ = arena.take<Compute>(int64_t(workers_) * p.outputs * p.tokens * kTileRows);
@@ -56,6 +65,7 @@ class Experts {
     scratch_ = arena.take<char>(workers_ * round_up(Engine::scratch_bytes(), 64));
     bytes_ = arena.used();
     if (!p.workspace) return;
+    taken_[0] = taken_[kApart] = 0;
     int at = 0;
     int32_t panel = 0;
     for (int e = 0; e < p.experts; ++e) {
@@ -132,7 +142,7 @@ class Experts {
   void gate_and_up() const {
     const int tiles = int(round_up(p_.inner, 32) / kTileRows);
     const int64_t x_bytes = Engine::panel_bytes(p_.hidden), h_bytes = Engine::panel_bytes(p_.inner);
-    parallel_ranges_of(int64_t(active_) * tiles, workers_, [&](int64_t begin, int64_t end, int worker) {
+    parallel_shares(int64_t(active_) * tiles, workers_, taken_, [&](int64_t begin, int64_t end, int worker) {
       [[maybe_unused]] const typename Engine::Session session{};
       Compute *gated = tile(worker, 0), *raised = tile(worker, 1), *h = tile(worker, 2);
       for (int64_t task = begin; task < end; ++task) {
@@ -183,7 +193,7 @@ class Experts {
     const int64_t h_bytes = Engine::panel_bytes(p_.inner);
     const int64_t slots = int64_t(p_.tokens) * p_.top_k;
     const Compute* coefficients = static_cast<const Compute*>(p_.coefficients);
-    parallel_ranges_of(tiles, workers_, [&](int64_t begin, int64_t end, int worker) {
+    parallel_shares(tiles, workers_, taken_ + kApart, [&](int64_t begin, int64_t end, int worker) {
       [[maybe_unused]] const typename Engine::Session session{};
       Compute* yields = tile(worker, 0);
       Compute* sums = sums_ + int64_t(worker) * p_.outputs * p_.tokens * kTileRows;
@@ -249,7 +259,9 @@ class Experts {
   int workers_, active_ = 0;
   int64_t panels_ = 0, x_panels_ = 0, bytes_ = 0;
   bool every_token_ = true;
+  static constexpr int kApart = 8;  // each counter in a cache line of its own
   ActiveExpert* list_ = nullptr;
+  int64_t* taken_ = nullptr;  // tasks of gate_and_up and of down
   char *x_ = nullptr, *h_ = nullptr, *scratch_ = nullptr;
   Compute *sums_ = nullptr, *tiles_ = nullptr;
 };

@@ -1,51 +1,81 @@
 #include "moe/moe_experts.cuh"
+#include "moe/moe_plan.h"
 
 namespace tranche::cuda {
 namespace {
 
+using Traits = MoeExpertsTraits;
+
+// f(kernels<T, W, kColumnTiles>) for the types in use.
 template <class T, class W, int kColumnTiles>
-void run(const MoeExpertsParams& p, void* stream) {
-  using Traits = MoeExpertsTraits;
-  const int features = p.gate.data ? Traits::kRows / 2 : Traits::kRows;
-  const size_t partial = Traits::kPartialFloats<8 * kColumnTiles> * sizeof(float);
-  const LaunchShape gate_up{dim3(unsigned((p.inner + features - 1) / features), unsigned(p.experts)),
-                            dim3(Traits::kThreads), partial};
-  launch("moe_gate_up", moe_gate_up_kernel<T, W, kColumnTiles>, gate_up, stream, p);
-  const unsigned row_blocks = unsigned((p.hidden + Traits::kRows - 1) / Traits::kRows);
-  const unsigned token_blocks = unsigned((p.tokens + Traits::kTokens - 1) / Traits::kTokens);
-  const LaunchShape down{dim3(row_blocks, token_blocks), dim3(Traits::kThreads),
-                         partial + size_t(p.outputs) * Traits::kTokens * Traits::kRows * sizeof(float)};
-  launch("moe_down", moe_down_kernel<T, W, kColumnTiles>, down, stream, p);
+struct Kernels {
+  static constexpr size_t kPartial = Traits::kPartialFloats<8 * kColumnTiles> * sizeof(float);
+
+  static void gate_up(const MoeExpertsParams& p, bool overlaps, void* stream) {
+    const int features = p.gate.data ? Traits::kRows / 2 : Traits::kRows;
+    const LaunchShape shape{dim3(unsigned((p.inner + features - 1) / features), unsigned(p.experts)),
+                            dim3(Traits::kThreads), kPartial, overlaps};
+    launch("moe_gate_up", moe_gate_up_kernel<T, W, kColumnTiles>, shape, stream, p);
+  }
+
+  static void down(const MoeExpertsParams& p, void* stream) {
+    const unsigned row_blocks = unsigned((p.hidden + Traits::kRows - 1) / Traits::kRows);
+    const unsigned token_blocks = unsigned((p.tokens + Traits::kTokens - 1) / Traits::kTokens);
+    const size_t sums = size_t(p.outputs) * Traits::kTokens * Traits::kRows * sizeof(float);
+    const LaunchShape shape{dim3(row_blocks, token_blocks), dim3(Traits::kThreads), kPartial + sums, true};
+    launch("moe_down", moe_down_kernel<T, W, kColumnTiles>, shape, stream, p);
+  }
+};
+
+template <class T, class F>
+void with_weights(const MoeExpertsParams& p, const F& f) {
+  const bool few = few_columns(p);
+  if (p.up.scale) {
+    if (few) return f(Kernels<T, int8_t, 2>());
+    return f(Kernels<T, int8_t, 8>());
+  }
+  if (few) return f(Kernels<T, T, 2>());
+  return f(Kernels<T, T, 8>());
 }
 
-template <class T>
-void run(const MoeExpertsParams& p, void* stream) {
-  // An expert has at most as many columns as there are tokens; fewer tiles leave registers for more blocks.
-  // The order of every sum is the same in both.
-  const bool few_tokens = p.tokens <= 16;
-  if (p.up.scale) {
-    return few_tokens ? run<T, int8_t, 2>(p, stream) : run<T, int8_t, 8>(p, stream);
+template <class F>
+void with_kernels(const MoeExpertsParams& p, const F& f) {
+  switch (p.type) {
+    case DType::f32:
+      return with_weights<float>(p, f);
+    case DType::f16:
+      return with_weights<half>(p, f);
+    case DType::bf16:
+      return with_weights<bf16>(p, f);
+    default:
+      throw std::runtime_error("tranche: moe_experts: expected float32, float16 or bfloat16");
   }
-  return few_tokens ? run<T, T, 2>(p, stream) : run<T, T, 8>(p, stream);
+}
+
+void run(const MoeExpertsParams& p, bool overlaps, void* stream) {
+  const bool plan_first = p.ids && p.tokens * p.top_k > Traits::kListed;
+  if (plan_first) {
+    moe_plan({p.ids, made_offsets(p), made_slots(p), p.tokens * p.top_k, p.experts}, stream);
+  }
+  with_kernels(p, [&](auto kernels) {
+    kernels.gate_up(p, overlaps && !plan_first, stream);
+    kernels.down(p, stream);
+  });
 }
 
 }  // namespace
 
 size_t moe_experts_workspace(const MoeExpertsParams& p) {
-  return size_t(p.tokens) * size_t(p.top_k) * size_t(h_stride(p)) * (p.type == DType::f32 ? 4 : 2);
+  const int64_t plan = p.ids ? int64_t(p.experts) + 1 + int64_t(p.tokens) * p.top_k : 0;
+  return size_t(h_bytes(p)) + size_t(plan) * sizeof(int32_t);
 }
 
-void moe_experts(const MoeExpertsParams& p, void* stream) {
-  switch (p.type) {
-    case DType::f32:
-      return run<float>(p, stream);
-    case DType::f16:
-      return run<half>(p, stream);
-    case DType::bf16:
-      return run<bf16>(p, stream);
-    default:
-      throw std::runtime_error("tranche: moe_experts: expected float32, float16 or bfloat16");
-  }
+void moe_experts(const MoeExpertsParams& p, void* stream) { run(p, false, stream); }
+
+void moe_experts_after(const MoeExpertsParams& p, void* stream) { run(p, true, stream); }
+
+void moe_experts_down(const MoeExpertsParams& p, void* stream) {
+  with_kernels(p, [&](auto kernels) { kernels.down(p, stream); });
 }
 
 }  // namespace tranche::cuda

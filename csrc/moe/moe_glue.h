@@ -148,6 +148,19 @@ inline Plan make_plan(const Tensor& ids, int64_t experts) {
   return plan;
 }
 
+// The plan, where the kernels of the experts do not make it on their way.
+inline std::optional<Plan> plan_ahead([[maybe_unused]] const Tensor& ids, [[maybe_unused]] int64_t experts) {
+#if defined(TRANCHE_BACKEND_CPU)
+  return make_plan(ids, experts);
+#else
+  return std::nullopt;
+#endif
+}
+
+inline std::optional<Tensor> tensor_of(const std::optional<Plan>& plan, Tensor Plan::* member) {
+  return plan ? std::optional<Tensor>((*plan).*member) : std::nullopt;
+}
+
 inline void check_ids(const TensorChecks& check, const Tensor& ids, int64_t experts) {
   const HostValues<int32_t> values(ids);
   for (int64_t i = 0; i < ids.numel(); ++i) {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "core/parallel.h"
-#include "moe/moe_engine_cpu.h"
+#include "moe/moe_engine_lanes_cpu.h"
 #include "moe/moe_route.h"
 
 namespace tranche::cpu::TRANCHE_ISA {

@@ -376,9 +376,29 @@ __global__ void indices(Params p) {
 // ---- the table
 // ------------------------------------------------------------------------------------------------
 
+// ---- kernels that overlap on a stream
+// --------------------------------------------------------------------------------------------------------
+
+// The first kernel lets the second start and only then, after a while, writes out[i] = a[i]; the second waits
+// and adds what it finds at the other end.
+__global__ void overlapped(Params p) {
+  ptx::grid_launch_dependents();
+  const int i = global_thread();
+  uint32_t value = in_a<uint32_t>(p)[i];
+  for (int n = 0; n < p.argument; ++n) value = value * 1664525u + 1013904223u;
+  out_as<uint32_t>(p)[i] = value;
+}
+
+__global__ void overlapping(Params p) {
+  ptx::grid_dependency_wait();
+  const int i = global_thread();
+  out_as<uint32_t>(p)[p.n + i] = out_as<uint32_t>(p)[p.n - 1 - i] + 1u;
+}
+
 struct Entry {
   const char* name;
   void (*kernel)(Params);
+  void (*next)(Params) = nullptr;  // launched after it, to overlap
 };
 
 #define MAP(kind) {#kind, map<Map::kind>}
@@ -399,6 +419,7 @@ const Entry entries[] = {
     {"cp_async_16", cp_async<16>},
     {"cp_async_4", cp_async<4>},
     {"load_streaming_16", load_streaming},
+    {"grid_dependency", overlapped, overlapping},
     {"shared_memory", shared_memory},
     {"named_barriers", named_barriers},
     {"ldmatrix_x4", ldmatrix<4, false>},
@@ -483,6 +504,11 @@ extern "C" __attribute__((visibility("default"))) const char* tranche_conformanc
     error.clear();
     try {
       tranche::launch(name, entry.kernel, shape, nullptr, *params);
+      if (entry.next) {
+        tranche::LaunchShape overlapping = shape;
+        overlapping.overlaps_previous = true;
+        tranche::launch(name, entry.next, overlapping, nullptr, *params);
+      }
 #if !defined(TRANCHE_SIM)
       tranche::check_cuda(cudaDeviceSynchronize(), name, "the end");
 #endif

@@ -174,6 +174,13 @@ inline float log2_approx(float x) { return log2f(detail::flush(x)); }
 
 inline float reciprocal_approx(float x) { return detail::flush(1.0f / detail::flush(x)); }
 
+// ---- kernels that overlap on a stream
+// ----------------------------------------------------------------------------
+
+// Kernels run one after the other here; what is checked is that nothing is touched before the wait.
+inline void grid_dependency_wait() { tranche_sim_grid_dependency_wait(); }
+inline void grid_launch_dependents() {}
+
 // ---- global memory
 // -------------------------------------------------------------------------------------------
 

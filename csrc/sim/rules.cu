@@ -344,6 +344,29 @@ __global__ void polls_for_ever(Params p) {
   while (*raised == 0) __nanosleep(20);
 }
 
+// ---- kernels that overlap
+// --------------------------------------------------------------------------------------------------
+
+__global__ void overlap_waits(Params p) {
+  SHARED(int32_t, ready, 32);
+  ready[threadIdx.x] = int(threadIdx.x);  // what is its own needs no wait
+  ptx::grid_dependency_wait();
+  p.data[blockIdx.x * 32 + threadIdx.x] = ready[threadIdx.x];
+  ptx::grid_launch_dependents();
+}
+
+__global__ void overlap_touches_too_early(Params p) {
+  const int32_t value = p.data[threadIdx.x];
+  ptx::grid_dependency_wait();
+  p.data[threadIdx.x] = value + 1;
+}
+
+__global__ void overlap_ends_without_wait(Params p) {
+  if (threadIdx.x % 2) return;
+  ptx::grid_dependency_wait();
+  p.data[threadIdx.x] = 1;
+}
+
 // ---- the unforeseen
 // ---------------------------------------------------------------------------------------------
 
@@ -375,6 +398,7 @@ struct Entry {
   const char* name;
   void (*kernel)(Params);
   int blocks, threads;
+  bool overlaps = false;
 };
 
 #define ENTRY(kernel, blocks, threads) {#kernel, kernel, blocks, threads}
@@ -427,6 +451,9 @@ const Entry entries[] = {
     {"last_block_fence_too_early", last_block<4>, 8, 64},
     ENTRY(flag, 2, 64),
     ENTRY(polls_for_ever, 1, 32),
+    {"overlap_waits", overlap_waits, 2, 32, true},
+    {"overlap_touches_too_early", overlap_touches_too_early, 1, 32, true},
+    {"overlap_ends_without_wait", overlap_ends_without_wait, 1, 32, true},
     ENTRY(stack_overflow, 1, 32),
     ENTRY(throws, 1, 32),
     ENTRY(traps, 1, 32),
@@ -441,7 +468,8 @@ extern "C" __attribute__((visibility("default"))) int tranche_rule(const char* n
                                                                    int32_t* counter) {
   for (const auto& entry : tranche::rules::entries) {
     if (strcmp(entry.name, name) != 0) continue;
-    const tranche::LaunchShape shape{dim3(unsigned(entry.blocks)), dim3(unsigned(entry.threads)), 16384};
+    const tranche::LaunchShape shape{dim3(unsigned(entry.blocks)), dim3(unsigned(entry.threads)), 16384,
+                                     entry.overlaps};
     try {
       tranche::launch(name, entry.kernel, shape, nullptr, tranche::rules::Params{data, counter});
     } catch (const std::exception&) {

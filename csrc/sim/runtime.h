@@ -91,6 +91,10 @@ TRANCHE_SIM_API __attribute__((const)) uint3 tranche_sim_grid_shape();
 
 TRANCHE_SIM_API void tranche_sim_launch(const char* name, const uint3* grid, const uint3* block,
                                         size_t dynamic_smem, void (*body)(void*), void* context);
+// The same of a kernel that may start while the one before it still runs.
+TRANCHE_SIM_API void tranche_sim_launch_overlapping(const char* name, const uint3* grid, const uint3* block,
+                                                    size_t dynamic_smem, void (*body)(void*), void* context);
+TRANCHE_SIM_API void tranche_sim_grid_dependency_wait();
 TRANCHE_SIM_API void* tranche_sim_static_shared(const void* declaration, const char* name, size_t bytes,
                                                 size_t alignment);
 TRANCHE_SIM_API void* tranche_sim_dynamic_shared();
@@ -155,10 +159,11 @@ namespace tranche::sim {
 
 // Runs `body` once for every thread of the grid; throws std::runtime_error with all findings.
 template <class Body>
-void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_smem, Body&& body) {
+void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_smem, bool overlaps, Body&& body) {
   const uint3 grid_shape{grid.x, grid.y, grid.z}, block_shape{block.x, block.y, block.z};
   auto call = [](void* context) { (*static_cast<Body*>(context))(); };
-  tranche_sim_launch(name, &grid_shape, &block_shape, dynamic_smem, call, &body);
+  const auto run = overlaps ? tranche_sim_launch_overlapping : tranche_sim_launch;
+  run(name, &grid_shape, &block_shape, dynamic_smem, call, &body);
 }
 
 // Registers a buffer for as long as it lives.

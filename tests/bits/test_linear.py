@@ -94,7 +94,8 @@ def test_linear(backend, dtype, activation_bits, group_size):
 
 @pytest.mark.parametrize("activation_bits", [None, 8])
 def test_shapes_of_x(backend, activation_bits):
-    packed, scale = make_weight(18, 40, device=backend.device)
+    # many outputs: the largest of a few errors of plain torch is small by luck
+    packed, scale = make_weight(146, 40, device=backend.device)
     for shape in ((40,), (3, 40), (2, 3, 40), (0, 40), (2, 0, 40)):
         assert_close(torch.randn(shape, device=backend.device), packed, scale, 4, None, activation_bits)
     strided = torch.randn(3, 80, device=backend.device)[:, ::2]

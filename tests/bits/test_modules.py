@@ -173,3 +173,37 @@ def test_compiles_once_for_each_value_of_bits():
             set_bits(model, width)
             assert torch.equal(compiled(x), model(x))
     assert len(compiled_graphs) == 3
+
+
+def test_a_compiled_model_goes_by_at_bits():
+    compiled_graphs = []
+
+    def count(graph, inputs):
+        compiled_graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model, x = convert(Model()), torch.randn(3, 32)
+    compiled = torch.compile(model, backend=count, fullgraph=True)
+    results = {}
+    with torch.no_grad():
+        for width in (8, 4, 2):
+            with at_bits(model, width):
+                results[width] = model(x)
+        for width in (4, 2, 4, 2, 4):
+            with at_bits(model, width):
+                assert torch.equal(compiled(x), results[width])
+        assert torch.equal(compiled(x), results[8])
+        assert len(compiled_graphs) == 3
+
+        def elsewhere():  # another thread is not in this one's context
+            with torch.no_grad():
+                found.append(torch.equal(compiled(x), results[8]))
+
+        found = []
+        with at_bits(model, 2):
+            thread = threading.Thread(target=elsewhere)
+            thread.start()
+            thread.join()
+            assert torch.equal(compiled(x), results[2])
+    assert found == [True] and len(compiled_graphs) == 3

@@ -190,6 +190,15 @@ def test_plan(backend, tokens):
     assert int(plan.counts.sum()) == 3 * tokens
 
 
+def test_plans_made_on_the_way_and_ahead(backend):
+    """The same bits whether the op makes the plan, and of few slots or many, or is given it."""
+    layer = make_layer(23, tokens=360, hidden=16, inner=16, experts=5, top_k=3, device=backend.device)
+    layer.ids[layer.ids == 1] = 4  # one expert without tokens, one twice in some
+    want = layer.run(plan=RoutingPlan.from_ids(layer.ids, 5))
+    assert_same_bits(layer.run(), want)
+    assert_same_bits(layer.some(slice(0, 40)).run(), want[:40])
+
+
 def test_a_plan_serves_two_layers(backend):
     first, second = (make_layer(seed, device=backend.device) for seed in (16, 17))
     second = replace(second, ids=first.ids)

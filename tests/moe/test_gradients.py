@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.moe.cases import make_head, make_layer
-from tranche.moe import draft_moe, fused_experts, reference, route
+from tranche.moe import autograd, draft_moe, fused_experts, reference, route
 
 
 def leaves(*tensors):
@@ -48,6 +48,30 @@ def test_experts_against_the_reference(backend, dtype):
         assert a.grad.dtype == a.dtype
         tolerance = 20 * torch.finfo(dtype).eps * float(b.grad.abs().max())
         assert torch.allclose(a.grad.double(), b.grad, atol=tolerance)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_grouped_form_is_the_loop(gated):
+    """What CUDA runs for bf16 where experts outnumber the choices."""
+    layer = make_layer(9, tokens=12, experts=6, hidden=48, inner=40, dtype=torch.bfloat16, gated=gated)
+    layer.ids[layer.ids == 2] = 3  # an expert without tokens
+    layer.ids[5, 1] = -1  # no expert
+    chosen = torch.where(layer.ids < 0, 6, layer.ids).flatten().long()
+    coefficients = torch.stack([layer.weights, -layer.weights])
+    grads = [torch.randn_like(layer.x) for _ in range(2)]
+    arguments = (grads, *layer.tensors()[:4], coefficients)
+    loop = autograd.experts_backward(*arguments, layer.ids, 0)
+    of_x, of_coefficients, of_gate, of_up, of_down = autograd._grouped_backward(*arguments, chosen, 0)
+    if not gated:
+        assert of_gate is None
+        of_gate = loop[1]
+    for got, want in zip((of_x, of_gate, of_up, of_down, of_coefficients), loop, strict=True):
+        assert got.dtype == want.dtype
+        assert torch.allclose(
+            got.float(), want.float(), atol=0.02 * float(want.abs().max() if want.numel() else 1)
+        )
+    assert torch.equal(of_up[2], torch.zeros_like(of_up[2]))
+    assert torch.equal(of_x[5] == 0, loop[0][5] == 0)
 
 
 @pytest.mark.parametrize(("experts", "variant", "top_k"), [(2, "jakiro", 2), (4, "topk", 3), (3, "topk", 1)])

@@ -43,6 +43,24 @@ def words(rng: np.random.Generator, *shape: int) -> np.ndarray:
 # ---- asynchronous copies and shared memory ----------------------------------------------------------------------
 
 
+def test_grid_dependency(backend: str, rng: np.random.Generator) -> None:
+    count, rounds = 64 * 32, 500
+    a = words(rng, count)
+    want = a
+    for _ in range(rounds):
+        want = want * np.uint32(1664525) + np.uint32(1013904223)
+    out = run(
+        backend,
+        "grid_dependency",
+        np.zeros(2 * count, np.uint32),
+        a=a,
+        n=count,
+        argument=rounds,
+        grid=(64, 1, 1),
+    )
+    np.testing.assert_array_equal(out, np.concatenate([want, want[::-1] + np.uint32(1)]))
+
+
 @pytest.mark.parametrize("size", [16, 4])
 def test_cp_async(backend: str, rng: np.random.Generator, size: int) -> None:
     chunks = 2 * 64 * 3

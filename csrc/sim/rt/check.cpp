@@ -172,6 +172,12 @@ void check_global(Thread& thread, const Access& access) {
           "global memory out of bounds: " + verb(access) + address_text(*thread.block, access.address), {},
           access.pc);
   }
+  if (!thread.may_touch_global) {
+    report(&thread,
+           "overlap: " + verb(access) + address_text(*thread.block, access.address) +
+               ", before grid_dependency_wait: the kernel before this one may still run",
+           {}, access.pc);
+  }
   for_each_word(access.address, access.bytes, [&](uintptr_t address, uint32_t mask) {
     check_word<false>(thread, global_shadow.word(address), access, mask);
   });

@@ -29,13 +29,8 @@ void require_limits(const char* name, uint3 grid, uint3 block, size_t dynamic_sm
   }
 }
 
-}  // namespace
-}  // namespace tranche::sim
-
-using namespace tranche::sim;
-
-void tranche_sim_launch(const char* name, const uint3* grid, const uint3* block, size_t dynamic_smem,
-                        void (*body)(void*), void* context) {
+void launch_kernel(const char* name, const uint3* grid, const uint3* block, size_t dynamic_smem,
+                   bool overlaps, void (*body)(void*), void* context) {
   if (current != nullptr) throw std::logic_error("tranche simulator: a kernel launches a kernel");
   require_limits(name, *grid, *block, dynamic_smem);
   if (grid->x == 0 || grid->y == 0 || grid->z == 0) return;
@@ -48,6 +43,7 @@ void tranche_sim_launch(const char* name, const uint3* grid, const uint3* block,
   launch.block = *block;
   launch.threads_per_block = block->x * block->y * block->z;
   launch.dynamic_smem = dynamic_smem;
+  launch.overlaps = overlaps;
   launch.body = body;
   launch.context = context;
   launch.number = machine.launches_since_seed++;
@@ -67,6 +63,23 @@ void tranche_sim_launch(const char* name, const uint3* grid, const uint3* block,
   last_report = launch.findings.empty() ? "" : format_report(launch);
   if (!last_report.empty()) throw std::runtime_error(last_report);
 }
+
+}  // namespace
+}  // namespace tranche::sim
+
+using namespace tranche::sim;
+
+void tranche_sim_launch(const char* name, const uint3* grid, const uint3* block, size_t dynamic_smem,
+                        void (*body)(void*), void* context) {
+  launch_kernel(name, grid, block, dynamic_smem, false, body, context);
+}
+
+void tranche_sim_launch_overlapping(const char* name, const uint3* grid, const uint3* block,
+                                    size_t dynamic_smem, void (*body)(void*), void* context) {
+  launch_kernel(name, grid, block, dynamic_smem, true, body, context);
+}
+
+void tranche_sim_grid_dependency_wait() { current->may_touch_global = true; }
 
 uint3 tranche_sim_thread_index() { return current->index; }
 uint3 tranche_sim_block_index() { return current->block->index; }

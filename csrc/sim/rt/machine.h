@@ -76,6 +76,8 @@ struct alignas(64) Thread {
   size_t groups_landed = 0, copies_landed = 0;
 
   Fence fence;
+
+  bool may_touch_global = true;  // no: it may overlap the kernel before it, and has not waited for that
 };
 
 // Lanes that have met, or are meeting, at one collective.
@@ -171,6 +173,7 @@ struct Launch {
   uint3 grid{}, block{};
   uint32_t threads_per_block = 0;
   size_t dynamic_smem = 0;
+  bool overlaps = false;  // the kernel before it may still run
   void (*body)(void*) = nullptr;
   void* context = nullptr;
   uint64_t number = 0;

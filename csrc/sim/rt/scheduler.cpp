@@ -57,6 +57,10 @@ void switch_to(Fiber& from, Thread* next) {
 
 void leave(Thread& thread) {
   Block& block = *thread.block;
+  if (!thread.may_touch_global) {
+    report(&thread, "overlap: ends without grid_dependency_wait, so that a later kernel may not rely on it",
+           {}, 0);
+  }
   thread.wait = Wait::exited;
   thread.warp->exited |= 1u << thread.lane;
   --block.threads_live;
@@ -125,6 +129,7 @@ void start_block(Block& block, uint32_t linear) {
     thread.index = {id % shape.x, id / shape.x % shape.y, id / shape.x / shape.y};
     thread.wait = Wait::nothing;
     thread.fence = {};
+    thread.may_touch_global = !launch.overlaps;
     thread.stack = machine.stacks.get(block.slot * kMaxThreads + id);
     thread.fiber.start(thread.stack, fiber_main, machine.use_ucontext);
   }

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tranche.bits.ops import linear, pack, quantize
-from tranche.bits.packed import BITS, STORED_BITS, PackedWeight
-
-# What at_bits() put in force in this thread or task: bits by module.
-_in_force: contextvars.ContextVar[Mapping[int, int] | None] = contextvars.ContextVar("bits", default=None)
-
-
-def _check_bits(bits: int) -> int:
-    if bits not in BITS:
-        raise ValueError(f"tranche.bits: expected bits in {list(BITS)}, got {bits!r}. Choose one of these.")
-    return bits
+from tranche.bits.activations import LearnedActivations
+from tranche.bits.ops import int_linear, linear, pack, quantize
+from tranche.bits.packed import STORED_BITS, PackedWeight
+from tranche.bits.switch import Switchable
 
 
-class _BitSwitch(nn.Module):
+class _BitSwitch(Switchable):
     """What both modules share: packed data [O, I], scale, bias, and the precision.
 
     Attributes:
         bits: the precision, unless `at_bits` says otherwise.
         activation_bits: None, or 8 for integer activations.
+        activations: None, or learned grids of activations at each precision, which stand in for activation_bits.
     """
 
     data: Tensor
@@ -44,42 +36,40 @@ class _BitSwitch(nn.Module):
         *,
         bits: int = STORED_BITS,
         activation_bits: int | None = None,
+        activations: LearnedActivations | None = None,
     ):
         super().__init__()
         packed = pack(codes)
         self.out_features, self.in_features = packed.out_features, packed.in_features
         self.layout = packed.layout
-        self._bits = _check_bits(bits)
+        self.bits = bits
         self.activation_bits = activation_bits
+        self.activations = activations
         self.register_buffer("data", packed.data)
         self.register_buffer("scale", scale.float())
         self.register_buffer("bias", None if bias is None else bias.detach().float())
-
-    @property
-    def bits(self) -> int:
-        """The precision, 2 to 8."""
-        return self._bits
-
-    @bits.setter
-    def bits(self, bits: int) -> None:
-        self._bits = _check_bits(bits)
 
     @property
     def packed(self) -> PackedWeight:
         """The weight as the functions of the family take it."""
         return PackedWeight(self.data, self.out_features, self.in_features, self.layout)
 
-    def _bits_in_force(self) -> int:
-        # Dynamo can neither trace a context variable nor guard on one: compiled code knows the attribute only.
-        if torch.compiler.is_compiling():
-            return self._bits
-        override = _in_force.get()
-        return self._bits if override is None else override.get(id(self), self._bits)
-
     def _linear(self, x: Tensor) -> Tensor:
         return linear(
-            x, self.packed, self.scale, self._bits_in_force(), self.bias, activation_bits=self.activation_bits
+            x, self.packed, self.scale, self.bits_in_force(), self.bias, activation_bits=self.activation_bits
         )
+
+    def _learned_linear(self, codes: Tensor, present: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+        """Codes [M, I] of activations c * step + offset, `present` [M or 1, I] being 0 where there is none (padding).
+
+        sum of W_l * 2^(8-l) * scale * (c * step + offset), from two exact integer sums.
+        """
+        assert self.activations is not None
+        step, offset = self.activations.grid(bits)
+        sums = int_linear(torch.cat([codes * present, present]), self.packed, bits).float()
+        products, counts = sums.split([codes.size(0), present.size(0)])
+        y = (products * step + counts * offset) * (self.scale * 2 ** (STORED_BITS - bits))
+        return (y if self.bias is None else y + self.bias).to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _BitSwitch:
         # .half() and .to(bfloat16) speak of activations: scales and bias stay float32.
@@ -111,6 +101,11 @@ class _BitSwitch(nn.Module):
         )
 
 
+def _nan_of_rows(x: Tensor) -> Tensor:
+    """[..., 1]: NaN for the rows that hold one, else 0."""
+    return torch.where(x.isnan().any(-1, keepdim=True), torch.nan, 0.0).to(x.dtype)
+
+
 class BitSwitchLinear(_BitSwitch):
     """`nn.Linear` over one stored weight: x [..., I] to [..., O] at `bits` bits."""
 
@@ -129,7 +124,23 @@ class BitSwitchLinear(_BitSwitch):
 
     def forward(self, x: Tensor) -> Tensor:
         """X [..., I] of any floating dtype but float64, to [..., O]."""
-        return self._linear(x)
+        if self.activations is None:
+            return self._linear(x)
+        bits = self.bits_in_force()
+        codes = self.activations.codes(x, bits).reshape(-1, self.in_features)
+        y = self._learned_linear(codes, codes.new_ones(1, self.in_features), bits, x.dtype)
+        y = y + _nan_of_rows(x).reshape(-1, 1)  # codes cannot say it
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+def conv_sizes(module: Any, x: Tensor) -> list[int]:
+    """Height and width of what a convolution makes of x [N, C, H, W]."""
+    return [
+        (x.size(2 + i) + 2 * module.padding[i] - module.dilation[i] * (module.kernel_size[i] - 1) - 1)
+        // module.stride[i]
+        + 1
+        for i in range(2)
+    ]
 
 
 class BitSwitchConv2d(_BitSwitch):
@@ -161,25 +172,49 @@ class BitSwitchConv2d(_BitSwitch):
             setattr(made, name, tuple(getattr(module, name)))
         return made
 
+    def _patches(self, x: Tensor) -> Tensor:
+        return F.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)
+
     def forward(self, x: Tensor) -> Tensor:
         """X [N, C, H, W] (or [C, H, W]) to [N, O, H', W']."""
         batched = x if x.dim() == 4 else x[None]
-        patches = F.unfold(batched, self.kernel_size, self.dilation, self.padding, self.stride)
-        y = self._linear(patches.transpose(1, 2)).transpose(1, 2)
-        sizes = [
-            (batched.size(2 + i) + 2 * self.padding[i] - self.dilation[i] * (self.kernel_size[i] - 1) - 1)
-            // self.stride[i]
-            + 1
-            for i in range(2)
-        ]
-        y = y.reshape(batched.size(0), self.out_features, *sizes)
+        if self.activations is None:
+            y = self._linear(self._patches(batched).transpose(1, 2))
+        else:
+            bits = self.bits_in_force()
+            # unfold wants floats; codes are small enough to be exact in any
+            codes = self.activations.codes(batched, bits).to(x.dtype)
+            rows, present = (
+                self._patches(part).transpose(1, 2).to(torch.int8)
+                for part in (codes, torch.ones_like(codes[:1]))
+            )
+            present = present.expand_as(rows).reshape(-1, self.in_features)
+            y = self._learned_linear(rows.reshape(-1, self.in_features), present, bits, x.dtype)
+            y = y.view(batched.size(0), -1, self.out_features) + _nan_of_rows(
+                self._patches(batched).transpose(1, 2)
+            )
+        y = y.transpose(1, 2)
+        y = y.reshape(batched.size(0), self.out_features, *conv_sizes(self, batched))
         return y if x.dim() == 4 else y[0]
 
 
-def _convertible(module: nn.Module) -> bool:
+def convertible(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
         return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
     return type(module) is nn.Linear
+
+
+def skipped_names(model: nn.Module, skip: Sequence[str]) -> set[str]:
+    """The Linear and Conv2d modules of the model that `skip` names, by themselves, by a parent, or by place."""
+    names = [name for name, module in model.named_modules() if convertible(module)]
+    known = {name for name, _ in model.named_modules()}
+    for name in skip:
+        if name not in known and name not in ("first", "last"):
+            raise ValueError(
+                f"tranche.bits.convert: expected names of modules in skip, got {name!r}. See model.named_modules()."
+            )
+    placed = {names[0 if word == "first" else -1] for word in ("first", "last") if word in skip and names}
+    return placed | {n for n in names if any(n == prefix or n.startswith(prefix + ".") for prefix in skip)}
 
 
 def convert(
@@ -201,17 +236,9 @@ def convert(
     Raises:
         ValueError: a name in `skip` that no module has, or the model itself is a single layer.
     """
-    names = [name for name, module in model.named_modules() if _convertible(module)]
-    known = {name for name, _ in model.named_modules()}
-    for name in skip:
-        if name not in known and name not in ("first", "last"):
-            raise ValueError(
-                f"tranche.bits.convert: expected names of modules in skip, got {name!r}. See model.named_modules()."
-            )
-    skipped = {names[0 if word == "first" else -1] for word in ("first", "last") if word in skip and names}
-    for name in names:
-        below = any(name == prefix or name.startswith(prefix + ".") for prefix in skip)
-        if below or name in skipped:
+    skipped = skipped_names(model, skip)
+    for name in [name for name, module in model.named_modules() if convertible(module)]:
+        if name in skipped:
             continue
         if not name:
             raise ValueError(
@@ -226,56 +253,4 @@ def convert(
     return model
 
 
-def _assignment(model: nn.Module, bits: int | Mapping[str, int]) -> dict[_BitSwitch, int]:
-    """Bits by module: one number for all, or the longest matching prefix of its name."""
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, _BitSwitch)}
-    if isinstance(bits, int):
-        return dict.fromkeys(modules.values(), _check_bits(bits))
-    chosen = {}
-    used = set()
-    for name, module in modules.items():
-        prefixes = [p for p in bits if p == "" or name == p or name.startswith(p + ".")]
-        if prefixes:
-            longest = max(prefixes, key=len)
-            used |= set(prefixes)
-            chosen[module] = _check_bits(bits[longest])
-    unknown = set(bits) - used
-    if unknown:
-        raise ValueError(
-            f"tranche.bits.set_bits: expected prefixes of bit-switching modules, got {sorted(unknown)}. "
-            "See model.named_modules()."
-        )
-    return chosen
-
-
-def set_bits(model: nn.Module, bits: int | Mapping[str, int]) -> None:
-    """Choose the precision of a model's bit-switching modules.
-
-    Args:
-        model: the model.
-        bits: one number for all of them, or numbers by name, of which the longest matching prefix wins; modules
-            that none matches keep theirs.
-
-    Raises:
-        ValueError: a number that is not 2 to 8, or a name that matches no such module.
-    """
-    for module, number in _assignment(model, bits).items():
-        module.bits = number
-
-
-@contextlib.contextmanager
-def at_bits(model: nn.Module, bits: int | Mapping[str, int]) -> Iterator[None]:
-    """Within this context, in this thread or task only, the model computes at these bits (as `set_bits` reads them).
-
-    A compiled model does not see the context (torch.compile cannot guard on one): it recompiles once for each value
-    that `set_bits` gives it.
-    """
-    override = {id(module): number for module, number in _assignment(model, bits).items()}
-    token = _in_force.set({**(_in_force.get() or {}), **override})
-    try:
-        yield
-    finally:
-        _in_force.reset(token)
-
-
-__all__ = ["BitSwitchConv2d", "BitSwitchLinear", "at_bits", "convert", "set_bits"]
+__all__ = ["BitSwitchConv2d", "BitSwitchLinear", "convert"]

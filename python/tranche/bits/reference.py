@@ -148,3 +148,44 @@ def linear(
         codes, x_scale, _ = quantize_activations(x)
         y = (codes.to(compute_dtype) @ weight.T) * x_scale.to(compute_dtype)
     return y if bias is None else y + bias.to(compute_dtype)
+
+
+def fake_quantize(w: Tensor, scale: Tensor, bits: int, stored_bits: int = STORED_BITS) -> Tensor:
+    """See `tranche.bits.fake_quantize`; differentiable by autograd, straight through the roundings."""
+    rows = w.size(0)
+    compute = torch.float64 if w.dtype == torch.float64 else torch.float32
+    flat = w.to(compute).reshape(rows, -1 if w.numel() else 0)
+    groups = scale.reshape(rows, -1).size(1) if scale.numel() else 1
+    factor = scale.to(compute).reshape(rows, groups, 1)
+    v = flat.reshape(rows, groups, flat.size(1) // groups) / factor
+    half, step = 2 ** (stored_bits - 1), 2 ** (stored_bits - bits)
+    # clamp passes gradients inside its bounds only, and NaN stays
+    stored = torch.clamp(_straight_through(v, torch.round(v)), -half, half - 1)
+    halves = stored / step
+    used = _straight_through(halves, torch.floor(halves + 0.5) if step > 1 else halves)
+    return (torch.clamp(used, max=2 ** (bits - 1) - 1) * step * factor).reshape(w.shape).to(w.dtype)
+
+
+def fake_quantize_activations(x: Tensor, scale: Tensor, bits: int, zero: Tensor | None = None) -> Tensor:
+    """See `tranche.bits.fake_quantize_activations`; differentiable by autograd."""
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    factor = scale.to(compute).reshape(())
+    offset = torch.zeros_like(factor) if zero is None else zero.to(compute).reshape(())
+    v = (x.to(compute) - offset) / factor
+    q = torch.clamp(_straight_through(v, torch.round(v)), 0, 2**bits - 1)
+    return (q * factor + offset).to(x.dtype)
+
+
+def _straight_through(v: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, exactly, with the gradient of v."""
+    return _Rounded.apply(v, rounded)
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, v: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

@@ -5,6 +5,7 @@ The matrix products are torch's: training is bound by arithmetic, not by the byt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,10 +37,22 @@ def _activate(code: int, x: Tensor) -> tuple[Tensor, Tensor]:
     return F.relu(x), (x > 0).to(x.dtype)
 
 
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return a.mT @ b
+
+
 def _expert_backward(
-    x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, grads: list[Tensor], weights: Tensor, code: int
+    x: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    grads: list[Tensor],
+    weights: Tensor,
+    code: int,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+    outer: Callable[[Tensor, Tensor], Tensor] = _outer,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """One expert, or a stack of them by leading dimensions.
+    """One expert, a stack of them by leading dimensions, or groups of rows with an expert each.
 
     Args:
         x: [n, H], gate and up [..., I, H], down [..., H, I], grads P times [n, H], weights [P, ..., n].
@@ -49,33 +62,95 @@ def _expert_backward(
         grads: see x.
         weights: see x.
         code: the activation.
+        product: rows times the matrices.
+        outer: the sum over rows of outer products.
 
     Returns:
         gradients of x (before the sum over the stack), weights, gate, up and down.
     """
     dtype, wide = x.dtype, _wide(x.dtype)
-    raised = (x @ up.mT).to(wide)
+    raised = product(x, up.mT).to(wide)
     if gate is None:
         h, slope = _activate(code, raised)
         gated = acted = None
     else:
-        gated = (x @ gate.mT).to(wide)
+        gated = product(x, gate.mT).to(wide)
         acted, slope = _activate(code, gated)
         h = acted * raised
-    through = [(g @ down).to(wide) for g in grads]
+    through = [product(g, down).to(wide) for g in grads]
     grad_weights = torch.stack([(q * h).sum(-1) for q in through])
     grad_h = sum(w[..., None] * q for w, q in zip(weights, through, strict=True))
     grad_yields = sum(w[..., None] * g.to(wide) for w, g in zip(weights, grads, strict=True)).to(dtype)
-    grad_down = grad_yields.mT @ h.to(dtype)
+    grad_down = outer(grad_yields, h.to(dtype))
     grad_raised = (grad_h * (slope if acted is None else acted)).to(dtype)
-    grad_x = grad_raised @ up
-    grad_up = grad_raised.mT @ x
+    grad_x = product(grad_raised, up)
+    grad_up = outer(grad_raised, x)
     grad_gate = None
     if gate is not None:
         grad_gated = (grad_h * raised * slope).to(dtype)
-        grad_x = grad_x + grad_gated @ gate
-        grad_gate = grad_gated.mT @ x
+        grad_x = grad_x + product(grad_gated, gate)
+        grad_gate = outer(grad_gated, x)
     return grad_x, grad_weights, grad_gate, grad_up, grad_down
+
+
+def _can_group(x: Tensor, w_up: Tensor, top_k: int) -> bool:
+    """Whether torch's grouped matmul takes these: bf16, whole 16 bytes; and whether there is anything to save."""
+    aligned = all(size % 8 == 0 for size in w_up.shape[1:])
+    return x.dtype == torch.bfloat16 and aligned and top_k < w_up.shape[0]
+
+
+def _grouped_backward(
+    grads: list[Tensor],
+    x: Tensor,
+    w_gate: Tensor | None,
+    w_up: Tensor,
+    w_down: Tensor,
+    coefficients: Tensor,
+    chosen: Tensor,
+    activation: int,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Only the chosen experts, their slots sorted by expert; the counts stay on the device.
+
+    `chosen` [T * K] are expert numbers, w_up.shape[0] where there is none.
+    """
+    experts, (outputs, tokens, top_k) = w_up.shape[0], coefficients.shape
+    order = chosen.sort(stable=True).indices
+    counts = torch.zeros(experts + 1, dtype=torch.int32, device=x.device)
+    counts = counts.scatter_add(0, chosen, torch.ones_like(chosen, dtype=torch.int32))[:experts]
+    ends = counts.cumsum(0, dtype=torch.int32)
+    token = order // top_k
+
+    def product(rows: Tensor, matrices: Tensor) -> Tensor:
+        return torch._grouped_mm(rows, matrices, offs=ends)
+
+    def outer(a: Tensor, b: Tensor) -> Tensor:
+        sums = torch._grouped_mm(a.mT, b, offs=ends)
+        return torch.where((counts > 0)[:, None, None], sums, 0)  # a sum of nothing may be anything
+
+    of_rows, of_weights, grad_gate, grad_up, grad_down = _expert_backward(
+        x[token].contiguous(),
+        w_gate,
+        w_up,
+        w_down,
+        [g[token].contiguous() for g in grads],
+        coefficients.reshape(outputs, -1)[:, order],
+        activation,
+        product,
+        outer,
+    )
+    served = chosen[order] < experts  # rows of no group may be anything
+    of_rows = torch.where(served[:, None], of_rows, 0)
+    of_weights = torch.where(served, of_weights, 0)
+    # back to slots, where a token's choices are added in their order
+    grad_x = torch.empty_like(of_rows).index_copy_(0, order, of_rows).view(tokens, top_k, -1)
+    grad_coefficients = torch.empty_like(of_weights).index_copy_(1, order, of_weights)
+    return (
+        grad_x.sum(1, dtype=_wide(x.dtype)).to(x.dtype),
+        grad_coefficients.view(outputs, tokens, top_k).to(coefficients.dtype),
+        grad_gate,
+        grad_up,
+        grad_down,
+    )
 
 
 # A Python op of its own, so that tracers see one node and not the loop over experts.
@@ -94,6 +169,12 @@ def experts_backward(
     tokens, experts = x.shape[0], w_up.shape[0]
     outputs, _, top_k = coefficients.shape
     valid = (ids >= 0) & (ids < experts)  # forward left the others out
+    if x.is_cuda and _can_group(x, w_up, top_k):
+        chosen = torch.where(valid, ids, experts).flatten().long()
+        of_x, of_coefficients, of_gate, of_up, of_down = _grouped_backward(
+            grads, x, w_gate, w_up, w_down, coefficients, chosen, activation
+        )
+        return of_x, x.new_empty(0) if of_gate is None else of_gate, of_up, of_down, of_coefficients
     if x.is_cuda:
         # without a look at the counts: every expert for every token, most with weight 0
         index = torch.where(valid, ids, 0).long()[None].expand(outputs, -1, -1)

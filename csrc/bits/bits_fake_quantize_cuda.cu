@@ -1,0 +1,33 @@
+#include "bits/bits_fake_quantize.cuh"
+
+namespace tranche::cuda {
+
+namespace {
+
+template <class T>
+void launch_type(const BitsFakeQuantizeParams& p, void* stream) {
+  const int64_t groups = p.rows * p.groups;
+  const LaunchShape shape = {dim3(unsigned(groups < (1 << 20) ? groups : 1 << 20)), dim3(kFakeThreads)};
+  if (p.grad) {
+    launch("bits_fake_quantize_backward", bits_fake_quantize_kernel<T, true>, shape, stream, p);
+  } else {
+    launch("bits_fake_quantize", bits_fake_quantize_kernel<T, false>, shape, stream, p);
+  }
+}
+
+}  // namespace
+
+void bits_fake_quantize(const BitsFakeQuantizeParams& p, void* stream) {
+  switch (p.type) {
+    case DType::f64:
+      return launch_type<double>(p, stream);
+    case DType::f16:
+      return launch_type<half>(p, stream);
+    case DType::bf16:
+      return launch_type<bf16>(p, stream);
+    default:
+      return launch_type<float>(p, stream);
+  }
+}
+
+}  // namespace tranche::cuda

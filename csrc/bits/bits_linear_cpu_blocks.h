@@ -1,0 +1,271 @@
+// The loops of bits_linear: weights are decoded run by run, each run is multiplied with all rows of x, and
+// what a run adds up to is added to totals in memory. A row of x meets the same operations in the same order
+// whatever the other rows are.
+#pragma once
+
+#include "bits/bits_linear_cpu_engines.h"
+
+namespace tranche::cpu::TRANCHE_ISA {
+
+// Rows of tiles that are at work at once: their sums fill the registers, and each word of x serves them all.
+constexpr int wide_tiles(int rows) {
+#if defined(__AVX512F__)
+  return rows <= 4 ? 4 : 2;
+#else
+  return rows == 1 && kParts <= 2 ? 2 : 1;
+#endif
+}
+constexpr int kStepTiles = 4;       // rows of tiles that a thread takes at a time
+constexpr int64_t kRowChunk = 256;  // rows of x whose totals are kept meanwhile
+
+// GCC would otherwise carry a loop's accumulators in two sets of registers and copy between them.
+template <class V>
+TRANCHE_INLINE void keep_in_register(V& value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__x86_64__)
+  asm("" : "+x"(value));
+#else
+  (void)value;
+#endif
+}
+
+// One run of some rows of tiles as the engine wants it.
+struct Run {
+  const uint8_t* weights[kStepTiles];
+  int64_t units;
+};
+
+// Adds units [begin, end) of `width` rows of tiles times `rows` rows of x to totals[row of tiles][row of
+// x][16].
+template <class Engine, bool prepared, int width, int rows>
+TRANCHE_INLINE void multiply_units(const Engine& engine, const uint8_t* const* weights, int64_t begin,
+                                   int64_t end, const uint32_t* x, int64_t stride, uint32_t* totals,
+                                   int64_t tile_stride) {
+  // Every loop over an array of registers is unrolled, or the array would live in memory.
+  typename Engine::Sum sum[width][rows][kParts];
+#pragma GCC unroll 4
+  for (int o = 0; o < width; ++o) {
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kParts; ++i) sum[o][m][i] = Engine::zero();
+    }
+  }
+  for (int64_t u = begin; u < end; ++u) {
+#pragma GCC unroll 4
+    for (int j = 0; j < Engine::kSteps; ++j) {
+      typename Engine::Weight w[width][kParts];
+#pragma GCC unroll 4
+      for (int o = 0; o < width; ++o) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kParts; ++i) {
+          const int part = i * int(sizeof(Bytes));
+          w[o][i] = prepared ? Engine::load(weights[o] + (u * Engine::kSteps + j) * 64 + part)
+                             : engine.weights(bload(weights[o] + u * 64 + part), j);
+        }
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < rows; ++m) {
+        const typename Engine::Input input = Engine::input(x[m * stride + u * Engine::kSteps + j]);
+#pragma GCC unroll 4
+        for (int o = 0; o < width; ++o) {
+#pragma GCC unroll 4
+          for (int i = 0; i < kParts; ++i) {
+            sum[o][m][i] = Engine::multiply_add(sum[o][m][i], w[o][i], input);
+            keep_in_register(sum[o][m][i]);
+          }
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int o = 0; o < width; ++o) {
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kParts; ++i) {
+        Engine::add_to(totals + o * tile_stride + m * kTileRows + i * int(sizeof(Bytes)) / 4, sum[o][m][i]);
+      }
+    }
+  }
+}
+
+template <class Engine, bool prepared, int width, int rows>
+static void multiply_run(const Engine& engine, const uint8_t* const* weights, int64_t units,
+                         const uint32_t* x, int64_t stride, uint32_t* totals, int64_t tile_stride) {
+  for (int64_t u = 0; u < units; u += Engine::kBlockUnits) {
+    const int64_t end = u + Engine::kBlockUnits < units ? u + Engine::kBlockUnits : units;
+    multiply_units<Engine, prepared, width, rows>(engine, weights, u, end, x, stride, totals, tile_stride);
+  }
+}
+
+template <class Engine, bool prepared, int rows>
+static void multiply_tiles(const Engine& engine, const Run& run, int count, const uint32_t* x, int64_t stride,
+                           uint32_t* totals, int64_t tile_stride) {
+  constexpr int kWide = wide_tiles(rows);
+  int o = 0;
+  for (; o + kWide <= count; o += kWide) {
+    multiply_run<Engine, prepared, kWide, rows>(engine, run.weights + o, run.units, x, stride,
+                                                totals + o * tile_stride, tile_stride);
+  }
+  for (; o < count; ++o) {
+    multiply_run<Engine, prepared, 1, rows>(engine, run.weights + o, run.units, x, stride,
+                                            totals + o * tile_stride, tile_stride);
+  }
+}
+
+template <class Engine, bool prepared>
+static void multiply_rows(const Engine& engine, const Run& run, int count, const uint32_t* x, int64_t stride,
+                          int64_t rows, uint32_t* totals, int64_t tile_stride) {
+  for (int64_t first = 0; first < rows;) {
+    const int pass = pass_rows(rows - first);
+    const uint32_t* from = x + first * stride;
+    uint32_t* to = totals + first * kTileRows;
+    switch (pass) {
+      case 1:
+        multiply_tiles<Engine, prepared, 1>(engine, run, count, from, stride, to, tile_stride);
+        break;
+      case 2:
+        multiply_tiles<Engine, prepared, 2>(engine, run, count, from, stride, to, tile_stride);
+        break;
+      case 4:
+        multiply_tiles<Engine, prepared, 4>(engine, run, count, from, stride, to, tile_stride);
+        break;
+      default:
+        multiply_tiles<Engine, prepared, kMostRows>(engine, run, count, from, stride, to, tile_stride);
+    }
+    first += pass;
+  }
+}
+
+template <class Engine>
+static void prepare_units(const Engine& engine, const uint8_t* bytes, int64_t units, uint8_t* to) {
+  for (int64_t u = 0; u < units; ++u) {
+#pragma GCC unroll 4
+    for (int j = 0; j < Engine::kSteps; ++j) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kParts; ++i) {
+        const auto w = engine.weights(bload(bytes + 64 * u + i * int(sizeof(Bytes))), j);
+        __builtin_memcpy(to + (u * Engine::kSteps + j) * 64 + i * int(sizeof(Bytes)), &w, sizeof w);
+      }
+    }
+  }
+}
+
+// What a thread keeps while it works on some rows of tiles.
+struct Scratch {
+  uint8_t* bytes;     // [kStepTiles][a run] decoded
+  uint8_t* prepared;  // [kStepTiles][a run] as the engine wants them
+  uint32_t* totals;   // [kStepTiles][rows][16] of one group: integers or floats
+  float* y;           // [kStepTiles][rows][16]
+  int64_t rows;       // at a time, padded
+};
+
+constexpr int64_t kRunBytes = kRunTiles * kTileBytes8;
+
+template <class Engine>
+TRANCHE_INLINE int64_t scratch_bytes(int64_t rows) {
+  return kStepTiles * (kRunBytes * (1 + (Engine::kPrepares ? Engine::kSteps : 0)) + 2 * 64 * rows);
+}
+
+template <class Engine>
+TRANCHE_INLINE Scratch scratch_of(uint8_t* memory, int64_t rows) {
+  Scratch s{};
+  s.bytes = memory;
+  s.prepared = s.bytes + kStepTiles * kRunBytes;
+  uint8_t* totals = s.prepared + (Engine::kPrepares ? kStepTiles * Engine::kSteps * kRunBytes : 0);
+  s.totals = reinterpret_cast<uint32_t*>(totals);
+  s.y = reinterpret_cast<float*>(totals + 64 * kStepTiles * rows);
+  s.rows = rows;
+  return s;
+}
+
+// Rows [first, first + rows) of x and `count` rows of tiles from `row_tile` on; `ahead` of those, the next.
+template <class Engine>
+static void multiply_group(const BitsLinearParams& p, const Activations& x, const Engine& engine,
+                           const Scratch& s, int64_t group, int64_t row_tile, int count, int64_t first,
+                           int64_t rows) {
+  const int64_t tiles = p.groups == 1 ? p.w.input_tiles : p.w.in_features / p.groups / kTileInputs;
+  const int64_t stride = x.padded_inputs / 4 * Engine::kSteps;
+  const bool prepare = Engine::kPrepares && rows > kMostRows;
+  __builtin_memset(s.totals, 0, size_t(64 * kStepTiles * s.rows));
+  const int64_t end = (group + 1) * tiles;
+  for (int64_t t = group * tiles; t < end; t += kRunTiles) {
+    const int64_t run_end = t + kRunTiles < end ? t + kRunTiles : end;
+    const bool last = run_end == p.w.input_tiles;  // then the next rows of tiles come
+    const int64_t ahead = last ? count * p.w.input_tiles - t : kRunTiles;
+    Run run{};
+    run.units = (run_end - t) * kUnits;
+    for (int o = 0; o < count; ++o) {
+      run.weights[o] = decode_tiles(p.w, row_tile + o, t, run_end, ahead, s.bytes + o * kRunBytes);
+      if (prepare) {
+        uint8_t* to = s.prepared + o * Engine::kSteps * kRunBytes;
+        prepare_units(engine, run.weights[o], run.units, to);
+        run.weights[o] = to;
+      }
+    }
+    const uint32_t* from = static_cast<const uint32_t*>(x.x) + first * stride + t * kUnits * Engine::kSteps;
+    const auto multiply = prepare ? multiply_rows<Engine, Engine::kPrepares> : multiply_rows<Engine, false>;
+    multiply(engine, run, count, from, stride, rows, s.totals, s.rows * kTileRows);
+  }
+}
+
+// A group's totals, scaled, go to y.
+static void scale_group(const BitsLinearParams& p, const Activations& x, const Scratch& s, int64_t group,
+                        int64_t row_tile, int count, int64_t first, int64_t rows) {
+  for (int o = 0; o < count; ++o) {
+    float scale[16];
+    load_scales(p, row_tile + o, group, scale);
+    for (int64_t m = 0; m < rows; ++m) {
+      const uint32_t* totals = s.totals + (o * s.rows + m) * kTileRows;
+      float* y = s.y + (o * s.rows + m) * kTileRows;
+      if (p.kind == LinearKind::weight_only) {
+        add_float_group(totals, scale, y);
+      } else {
+        add_integer_group(totals, x.row_sum[(first + m) * p.groups + group], scale, y);
+      }
+    }
+  }
+}
+
+static void finish(const BitsLinearParams& p, const Activations& x, const Scratch& s, int64_t row_tile,
+                   int count, int64_t first, int64_t rows) {
+  for (int o = 0; o < count; ++o) {
+    float bias[16];
+    load_bias(p, row_tile + o, bias);
+    for (int64_t m = 0; m < rows; ++m) {
+      const int64_t at = (o * s.rows + m) * kTileRows;
+      if (p.kind == LinearKind::integers) {
+        store_integers(p, first + m, row_tile + o, s.totals + at, x.row_sum[first + m]);
+      } else {
+        finish_row(p, first + m, row_tile + o, x.scale ? x.scale[first + m] : 1.0f, bias, s.y + at);
+      }
+    }
+  }
+}
+
+template <class Engine>
+static void linear_by_blocks(const BitsLinearParams& p, const Activations& x) {
+  const Engine engine(p.w);
+  const int64_t chunk = x.padded_rows < kRowChunk ? x.padded_rows : kRowChunk;
+  share_row_tiles(p, kStepTiles, scratch_bytes<Engine>(chunk),
+                  [&](int64_t begin, int64_t end, uint8_t* mine) {
+                    const Scratch s = scratch_of<Engine>(mine, chunk);
+                    for (int64_t row_tile = begin; row_tile < end; row_tile += kStepTiles) {
+                      const int count = int(end - row_tile < kStepTiles ? end - row_tile : kStepTiles);
+                      for (int64_t first = 0; first < p.rows; first += chunk) {
+                        const int64_t rows = p.rows - first < chunk ? p.rows - first : chunk;
+                        __builtin_memset(s.y, 0, size_t(64 * kStepTiles * s.rows));
+                        for (int64_t g = 0; g < p.groups; ++g) {
+                          multiply_group(p, x, engine, s, g, row_tile, count, first, rows);
+                          if (p.kind != LinearKind::integers)
+                            scale_group(p, x, s, g, row_tile, count, first, rows);
+                        }
+                        finish(p, x, s, row_tile, count, first, rows);
+                      }
+                    }
+                  });
+}
+
+}  // namespace tranche::cpu::TRANCHE_ISA
