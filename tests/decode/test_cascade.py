@@ -93,7 +93,7 @@ def test_a_change_of_the_text_is_followed(model):
 @pytest.mark.parametrize("tree_size", [1, 2, 60])
 def test_the_text_does_not_depend_on_it(model, prompts, sampling, tree_size):
     drafters = [NgramDrafter(), RecyclingDrafter(), JakiroDrafter(JakiroHead.for_model(model))]
-    settings = sampling | {"max_new_tokens": 60}
+    settings = sampling | {"max_new_tokens": 36}
     want = run(model, None, prompts, **settings)
     cascade = CascadeDrafter(drafters)
     got = run(model, cascade, prompts, tree_size=tree_size, **settings)
