@@ -53,14 +53,18 @@ class _Layer(nn.Module):
     def __init__(self, config: LlamaConfig, mlp: Mlp, intermediate_size: int):
         super().__init__()
         hidden = config.hidden_size
-        self.self_attn = _Attention(
-            hidden, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        )
+        self.self_attn = _Attention(hidden, *_heads(config))
         self.post_attention_layernorm = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
         if mlp == "moe":
             self.mlp_moe = JakiroMoE(hidden, intermediate_size)
         else:
             self.mlp = PlainMLP(hidden, intermediate_size)
+
+
+def _heads(config: LlamaConfig) -> tuple[int, int, int]:
+    """Query heads, heads of keys and values, and their size."""
+    heads = config.num_attention_heads
+    return heads, config.num_key_value_heads or heads, config.head_dim or config.hidden_size // heads
 
 
 class JakiroHead(nn.Module):
@@ -182,6 +186,17 @@ class JakiroHead(nn.Module):
         """Of the weights."""
         return self.fc.weight.dtype
 
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """Heads and size of a position's keys, and of its values."""
+        return _heads(self.config)[1:]
+
+    @property
+    def _layer(self) -> _Layer:
+        layer = self.layers[0]
+        assert isinstance(layer, _Layer)
+        return layer
+
     def fuse(self, tokens: Tensor, features: Tensor) -> Tensor:
         """The layer's input z [B, T, H] from tokens int64 [B, T] and the features [B, T, H] before them."""
         embedded = self.embed_tokens(tokens).to(self.dtype)
@@ -195,8 +210,8 @@ class JakiroHead(nn.Module):
             positions: int64 [B, T].
             attend: takes the rotated q [B, T, Hq, D] and k, and v [B, T, Hkv, D]; returns [B, T, Hq, D].
         """
-        layer = self.layers[0].self_attn
-        heads = (*z.shape[:2], -1, self.config.head_dim)
+        layer = self._layer.self_attn
+        heads = (*z.shape[:2], -1, _heads(self.config)[2])
         q, k, v = (proj(z).view(heads) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
         if z.device not in self._rotaries:
             self._rotaries[z.device] = LlamaRotaryEmbedding(self.config).to(z.device)
@@ -206,7 +221,7 @@ class JakiroHead(nn.Module):
 
     def outputs(self, h: Tensor, contrast: bool) -> tuple[Tensor, Tensor | None]:
         """Both features [..., H] that follow from h; the second only if there is one and it is asked for."""
-        layer = self.layers[0]
+        layer = self._layer
         h = h.to(self.dtype)  # under autocast too: the experts' kernel takes one dtype
         normed = layer.post_attention_layernorm(h).to(self.dtype)
         if not self.contrastive:

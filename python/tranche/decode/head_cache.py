@@ -24,7 +24,7 @@ class HeadCache:
         self._head = head
         device = head.fc.weight.device
         self._on_host = device.type == "cpu"
-        shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
+        shape = (batch, capacity, *head.kv_shape)
         self._k = torch.zeros(shape, dtype=head.dtype, device=device)
         self._v = torch.zeros(shape, dtype=head.dtype, device=device)
         self._seqlens = torch.zeros(batch, dtype=torch.int32, device=device)

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tranche.decode import target
 from tranche.decode.head import JakiroHead
 
 
@@ -151,7 +152,7 @@ def train_head(
     recipe = recipe or HeadRecipe()
     head = JakiroHead.for_model(model, seed=recipe.seed) if head is None else head
     head.check_fits(model)
-    _check_text(text, recipe, model.get_input_embeddings().weight.size(0))  # type: ignore[arg-type]
+    _check_text(text, recipe, target.vocabulary(model))
     trained = {name: p for name, p in head.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         trained.values(), recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
