@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 
 from tests.decode.cases import OracleDrafter, Scripted, exact_model, ragged_prompts
 from tranche.decode import CascadeDrafter, JakiroDrafter, JakiroHead, NgramDrafter, RecyclingDrafter, generate
 from tranche.decode.cascade import _Step
+from tranche.decode.pace import Pace
 from tranche.tree import Tree
 
 NEW = 100
+MEASURED = Pace.timed  # which other tests replace by a clock that no load disturbs
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +31,8 @@ def plain(model, prompts):
     return generate(model, None, tokens, attention_mask=mask, max_new_tokens=NEW, exact=True).sequences
 
 
-def oracle(plain, prompts, error, delay=0.0):
-    class Slow(OracleDrafter):
-        def propose(self, context):
-            time.sleep(delay)
-            return super().propose(context)
-
-    return Slow(plain, (1 - prompts[1]).sum(1), error)
+def oracle(plain, prompts, error):
+    return OracleDrafter(plain, (1 - prompts[1]).sum(1), error)
 
 
 def run(model, drafter, prompts, **settings):
@@ -56,16 +51,34 @@ def test_the_better_drafter_is_chosen(model, prompts, plain):
     assert cascade.chosen[1] > 3 * cascade.chosen[0]
 
 
-def test_a_drafter_that_costs_more_than_it_gives_is_left_alone(model, prompts, plain):
-    cascade = CascadeDrafter([oracle(plain, prompts, 0.0, delay=0.5), oracle(plain, prompts, 0.3)])
-    run(model, cascade, prompts)
-    output = run(model, cascade, prompts)
-    assert torch.equal(output.sequences, plain)
-    assert cascade.chosen[1] > 3 * cascade.chosen[0]
+def simulated(model, steps, outcome):
+    """Which drafter was chosen, step by step, where outcome(step, drafter, size) -> (rate, seconds) of a tree."""
+    cascade = CascadeDrafter([NgramDrafter(), RecyclingDrafter()])
+    cascade.prepare(model, 1, 64, torch.device("cpu"))
+    cascade._largest = 24
+    paces = cascade._paces(1, 24)
+    chosen = []
+    for step in range(steps):
+        choice, size = cascade._choose(paces)
+        rate, seconds = outcome(step, choice, size)
+        worth = torch.stack([torch.full((size,), rate), torch.ones(size)])
+        cascade._learn(_Step(choice, size, 0.0, seconds, worth), 1)
+        chosen.append(choice)
+    return chosen
+
+
+def test_a_drafter_that_costs_more_than_it_gives_is_left_alone(model, monkeypatch):
+    monkeypatch.setattr(Pace, "timed", MEASURED)
+
+    def outcome(step, drafter, size):
+        return (0.9, 20.0 + size) if drafter == 0 else (0.3, 1.0 + 0.02 * size)
+
+    chosen = simulated(model, 100, outcome)
+    assert sum(chosen[20:]) > 70
 
 
 def test_useless_drafters_end_in_plain_decoding(model, prompts, plain):
-    cascade = CascadeDrafter([oracle(plain, prompts, 1.0, delay=0.02)])
+    cascade = CascadeDrafter([oracle(plain, prompts, 1.0)])
     run(model, cascade, prompts)
     output = run(model, cascade, prompts)
     assert torch.equal(output.sequences, plain)
@@ -74,19 +87,12 @@ def test_useless_drafters_end_in_plain_decoding(model, prompts, plain):
 
 def test_a_change_of_the_text_is_followed(model):
     """Drafter 0 is right for a hundred steps, then drafter 1, then 0 again."""
-    cascade = CascadeDrafter([NgramDrafter(), RecyclingDrafter()])
-    cascade.prepare(model, 1, 64, torch.device("cpu"))
-    cascade._largest = 24
-    paces = cascade._paces(1, 24)
-    chosen = []
-    for step in range(300):
-        choice, size = cascade._choose(paces)
-        right = choice == step // 100 % 2
-        worth = torch.stack([torch.full((size,), float(right)), torch.ones(size)])
-        cascade._learn(_Step(choice, size, 0.0, 1.0 + 0.02 * size, worth), 1)
-        chosen.append(right)
+    chosen = simulated(
+        model, 300, lambda step, drafter, size: (float(drafter == step // 100 % 2), 1.0 + 0.02 * size)
+    )
+    right = [drafter == step // 100 % 2 for step, drafter in enumerate(chosen)]
     for begin in range(0, 300, 100):
-        assert sum(chosen[begin + 50 : begin + 100]) > 42
+        assert sum(right[begin + 50 : begin + 100]) > 42
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_k": 20, "seed": 11}])

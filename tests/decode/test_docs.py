@@ -1,21 +1,14 @@
-"""The code of docs/decode.md runs as it stands there."""
+"""The example drafter of docs/decode.md stays an example. That it runs, tests/core/test_pages.py sees to."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-import torch
-
 PAGE = Path(__file__).parents[2] / "docs" / "decode.md"
 
 
-def test_the_pages_code_runs():
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    torch.manual_seed(0)
-    names: dict = {}
-    for block in blocks:
-        exec(compile(block, str(PAGE), "exec"), names)
-    drafter = blocks[1].split("class ")[1].split("\n\n\n")[0]
-    assert len(drafter.splitlines()) <= 20
+def test_the_example_drafter_is_short():
+    drafter = re.search(r"^class .*?(?=\n\n\n)", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    assert drafter is not None and "propose" in drafter[0]
+    assert len(drafter[0].splitlines()) <= 20

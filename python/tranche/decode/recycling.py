@@ -62,7 +62,8 @@ class RecyclingDrafter:
         self._adjacency: Tensor | None = None  # int64 [V, width]
         parents, ranks, depths = template(_TEMPLATE_NODES, width)
         self._parents, self._ranks, self._depths = parents, ranks, depths
-        self._levels: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        # by number of nodes: the parents int32 [1, N], and of each depth the nodes, their parents and their ranks
+        self._templates: dict[int, tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]] = {}
 
     def prepare(self, model: PreTrainedModel, batch: int, capacity: int, device: torch.device) -> None:
         """The matrix, unless an earlier call with the same vocabulary left one."""
@@ -70,34 +71,35 @@ class RecyclingDrafter:
         known = self._adjacency
         if known is None or known.size(0) != vocabulary or known.device != device:
             self._adjacency = torch.zeros(vocabulary, self.width, dtype=torch.int64, device=device)
-            self._levels.clear()
+            self._templates.clear()
         self._kept = torch.empty(vocabulary, dtype=torch.int64, device=device)
 
-    def _by_level(self, nodes: int, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Of each depth below the root: the nodes, their parents, their ranks."""
-        if nodes not in self._levels:
+    def _template(
+        self, nodes: int, device: torch.device
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+        """The first nodes of the static tree, on the device."""
+        if nodes not in self._templates:
             levels = []
             for depth in range(1, max(self._depths[:nodes]) + 1):
                 level = [node for node in range(nodes) if self._depths[node] == depth]
-                levels.append(
-                    (
-                        torch.tensor(level, device=device),
-                        torch.tensor([self._parents[node] for node in level], device=device),
-                        torch.tensor([self._ranks[node] for node in level], device=device),
-                    )
+                parents, ranks = (
+                    [self._parents[node] for node in level],
+                    [self._ranks[node] for node in level],
                 )
-            self._levels[nodes] = levels
-        return self._levels[nodes]
+                levels.append(tuple(torch.tensor(part, device=device) for part in (level, parents, ranks)))
+            parent = torch.tensor([self._parents[:nodes]], dtype=torch.int32, device=device)
+            self._templates[nodes] = parent, levels  # type: ignore[assignment]
+        return self._templates[nodes]
 
     def propose(self, context: Context) -> tuple[Tree, Tensor]:
         """The template, filled from the matrix level by level."""
         assert self._adjacency is not None
         root = context.root
         nodes = min(context.tree_size, len(self._parents))
+        parent, levels = self._template(nodes, root.device)
         tokens = root[:, None].repeat(1, nodes)
-        for level, parents, ranks in self._by_level(nodes, root.device):
+        for level, parents, ranks in levels:
             tokens[:, level] = self._adjacency[tokens[:, parents], ranks]
-        parent = torch.tensor(self._parents[:nodes], dtype=torch.int32, device=root.device)
         return Tree.from_parent(parent.repeat(root.size(0), 1)), tokens
 
     def observe(self, context: Context, accepted: Accepted) -> None:

@@ -32,7 +32,9 @@ class SelfDrafter:
 
     def prepare(self, model: PreTrainedModel, batch: int, capacity: int, device: torch.device) -> None:
         """The tree of one node that each pass of the draft is."""
-        self._single = Tree.chain(1, batch, device)
+        self._single = Tree.chain(1, batch, device).parent
+        parents = [-1, *(max(0, (node - 1) // 2 * 2 - 1) for node in range(1, 2 * _DEPTH + 1))]
+        self._parents = torch.tensor([parents], dtype=torch.int32, device=device)
 
     def propose(self, context: Context) -> tuple[Tree, Tensor]:
         """Node 2j - 1 is the chain's token at depth j, node 2j its runner-up: the first n are what n nodes can hold."""
@@ -40,9 +42,8 @@ class SelfDrafter:
         depth = nodes // 2
         token = context.root
         tokens = [token]
-        parents = [-1]
         cache, committed = context.cache, context.seqlens
-        tree = Tree.from_parent(self._single.parent, context.active.to(torch.int32))
+        tree = Tree.from_parent(self._single, context.active.to(torch.int32))
         try:
             with self.cheaper(context.model):
                 for j in range(depth):
@@ -59,12 +60,11 @@ class SelfDrafter:
                         position=committed.long() + j + 1,
                     )
                     tokens += [token, torch.where(best[:, 0] == token, best[:, -1], best[:, 0])]
-                    parents += [max(0, 2 * j - 1)] * 2
         finally:
             cache.seqlens = committed
         drafted = torch.stack(tokens, 1)[:, :nodes]
-        parent = torch.tensor(parents[:nodes], dtype=torch.int32, device=drafted.device)
-        return Tree.from_parent(parent.repeat(drafted.size(0), 1)), drafted
+        parent = self._parents[:, :nodes].repeat(drafted.size(0), 1)
+        return Tree.from_parent(parent), drafted
 
     def observe(self, context: Context, accepted: Accepted) -> None:
         """Nothing: the draft's memory is the target's cache."""
