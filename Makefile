@@ -16,7 +16,7 @@ $(BIN)/python:
 install: $(BIN)/python  ## make .venv and bring it up to date: dependencies, this package, the simulator
 	$(PIP) install --quiet --constraint constraints.txt torch
 	$(PIP) install --quiet --constraint constraints.txt setuptools wheel cmake ninja pybind11 numpy rich matplotlib \
-		pytest pytest-timeout hypothesis scipy transformers scikit-learn
+		pytest pytest-timeout hypothesis scipy transformers scikit-learn onnx onnxruntime onnxscript
 	PATH="$(CURDIR)/$(BIN):$$PATH" TRANCHE_SIM=1 $(PIP) install --quiet --no-build-isolation --no-deps --editable .
 
 test: install  ## run the tests (TESTS="tests/tree -k chain" for some)

@@ -42,6 +42,8 @@ class Row:
         default_factory=dict
     )  # baseline -> least ratio; "best" is the best baseline
     quick: bool = False
+    images: int = 0  # of one call, where it is of a network
+    bytes_written: int = 0  # if they are to count beside those read
 
     @property
     def name(self) -> str:
@@ -65,6 +67,7 @@ class Result:
     bars: dict[str, float]
     command: str
     warm_microseconds: float | None = None
+    images_per_second: float | None = None
 
     def missed_bars(self) -> list[str]:
         missed = []
@@ -120,14 +123,15 @@ def measure(row: Row, family: str, device: str, wanted: set[str] | None, repeats
         )
 
     sample = Sample.of(ours)
-    read_seconds = row.bytes_read / read_limit(device, row.bytes_read)
+    moved = row.bytes_read + row.bytes_written
+    read_seconds = moved / read_limit(device, moved)
     math_seconds = row.operations / math_limit(device, row.math)
     return Result(
         family=family,
         name=row.name,
         microseconds=1e6 * sample.median,
         spread=(1e6 * sample.low, 1e6 * sample.high),
-        gigabytes_per_second=row.bytes_read / sample.median / 1e9,
+        gigabytes_per_second=moved / sample.median / 1e9,
         gigaflops=row.operations / sample.median / 1e9,
         percent_of_limit=100 * max(read_seconds, math_seconds) / sample.median,
         bound="memory" if read_seconds >= math_seconds else "arithmetic",
@@ -136,6 +140,7 @@ def measure(row: Row, family: str, device: str, wanted: set[str] | None, repeats
         bars=row.bars,
         command=f"python -m benchmarks {family} --device {device} --only '^{_pattern(row.name)}$'",
         warm_microseconds=warm,
+        images_per_second=row.images / sample.median if row.images else None,
     )
 
 

@@ -31,7 +31,7 @@ def read_limit(device: str, size: int, repeats: int = 5) -> float:
     return 8 * words / min(timer.seconds(call) for _ in range(repeats))
 
 
-def math_limit(device: str, kind: MathKind, repeats: int = 3) -> float:
+def math_limit(device: str, kind: MathKind, repeats: int = 8) -> float:
     """Operations per second of the best multiply-add loop of this kind."""
     like = torch.empty(0, device=device)
     timer = Timer(device, 1)

@@ -1,113 +1,162 @@
-"""Rows of the family `pconv`: partial convolution at the stage shapes of PartialNet."""
+"""Rows of the family `pconv`: partial convolution and the fused block, at PartialNet's stage shapes; its networks."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import pconv_network
 from benchmarks.harness import Row, Workload
-from tranche.pconv import partial_conv2d, partial_conv2d_, reference
+from tranche.pconv import partial_conv2d, partial_conv2d_, partial_mlp, reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EMBEDDINGS = {"t0": 32, "t1": 48, "t2": 64, "s": 96, "m": 128, "l": 160}
-# The shapes that have bars on the CPU: batch, channels, side.
-BARRED = ((8, 64, 56), (8, 128, 28), (8, 512, 7), (1, 64, 56))
+Shape = tuple[int, int, int]  # batch, channels, side
+# The shapes that have bars.
+BARRED: dict[str, tuple[Shape, ...]] = {
+    "cpu": ((8, 64, 56), (8, 128, 28), (8, 512, 7), (1, 64, 56)),
+    "cuda": ((256, 64, 56), (256, 96, 56), (256, 160, 56)),
+}
+# Times the best baseline. A row of the CPU's conv must not be slower; its geometric mean is to be 1.5.
+BARS = {
+    "cpu": {"pconv_conv2d": 1.0, "pconv_conv2d_": 2.0, "pconv_mlp": 1.5},
+    "cuda": {"pconv_conv2d": 1.4, "pconv_conv2d_": 3.0, "pconv_mlp": 1.5},
+}
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
-class Convolution:
-    """A 3x3 convolution of a quarter of the channels, and the same in torch's words, over rotating inputs."""
+class Forms:
+    """A 3x3 convolution of a quarter of the channels over rotating inputs: ours, and torch's words for it."""
 
-    def __init__(
-        self, shape: tuple[int, int, int], dtype: torch.dtype, layout: str, device: str, buffers: int
-    ):
+    def __init__(self, shape: Shape, dtype: torch.dtype, layout: str, device: str, buffers: int):
         batch, channels, side = shape
-        self.width = channels // 4
+        self.width, hidden = channels // 4, 2 * channels
         x = torch.randn(batch, channels, side, side, dtype=dtype, device=device)
-        if layout == "nhwc":
-            x = x.contiguous(memory_format=torch.channels_last)
-        self.inputs = [x.clone() for _ in range(buffers)]
-        scale = (9 * self.width) ** -0.5
-        self.weight = (scale * torch.randn(self.width, self.width, 3, 3, device=device)).to(dtype)
-        self.compiled = torch.compile(self._split_cat, dynamic=False)
+        self.layout, self.x = layout, x
+        self.inputs = {layout: [x.clone(memory_format=FORMATS[layout]) for _ in range(buffers)]}
 
-    def _split_cat(self, x: Tensor) -> Tensor:
+        def weight(out: int, taps: int, depth: int) -> Tensor:
+            return (torch.randn(out, depth, taps, taps, device=device) / (taps * taps * depth) ** 0.5).to(
+                dtype
+            )
+
+        self.weight = weight(self.width, 3, self.width)
+        self.w1, self.w2 = weight(hidden, 1, channels), weight(channels, 1, hidden)
+        self.b1, self.b2 = (torch.randn(n, device=device).to(dtype) for n in (hidden, channels))
+
+    def input(self, i: int, layout: str) -> Tensor:
+        """Buffer i; those of the other layout are made when first asked for."""
+        if layout not in self.inputs:
+            self.inputs[layout] = [x.clone(memory_format=FORMATS[layout]) for x in self.inputs[self.layout]]
+        return self.inputs[layout][i]
+
+    def split_cat(self, x: Tensor) -> Tensor:
         part, rest = x.split([self.width, x.size(1) - self.width], dim=1)
         return torch.cat([F.conv2d(part, self.weight, padding=1), rest], dim=1)
 
-    def ours(self, i: int) -> Tensor:
-        return partial_conv2d(self.inputs[i], self.weight, padding=1)
-
-    def split_cat(self, i: int) -> Tensor:
-        return self._split_cat(self.inputs[i])
-
-    def clone_slice(self, i: int) -> Tensor:
-        y = self.inputs[i].clone()
+    def clone_slice(self, x: Tensor) -> Tensor:
+        y = x.clone()
         y[:, : self.width] = F.conv2d(y[:, : self.width], self.weight, padding=1)
         return y
 
-    def compile(self, i: int) -> Tensor:
-        return self.compiled(self.inputs[i])
+    def rest_of_block(self, x: Tensor, mixed: Tensor) -> Tensor:
+        hidden = F.relu(F.conv2d(mixed, self.w1, self.b1))
+        return x + F.conv2d(hidden, self.w2, self.b2)
 
-    def ours_in_place(self, i: int) -> Tensor:
-        partial_conv2d_(self.inputs[i], self.weight, padding=1)
-        return self.inputs[i]
+    def conv(self, x: Tensor) -> Tensor:
+        return partial_conv2d(x, self.weight, padding=1)
 
-    def slice_in_place(self, i: int) -> Tensor:
-        x = self.inputs[i]
-        x[:, : self.width] = F.conv2d(x[:, : self.width], self.weight, padding=1)
+    def conv_in_place(self, x: Tensor) -> Tensor:
+        partial_conv2d_(x, self.weight, padding=1)
         return x
 
-    def in_place_error(self, _: Tensor) -> float:
-        """What the first buffer holds by now is no longer known: a fresh one is tried instead."""
-        x = self.inputs[-1].clone()
-        want = reference.partial_conv2d(x.double(), self.weight.double(), padding=1)
-        partial_conv2d_(x, self.weight, padding=1)
-        return float((x.double() - want).abs().max())
+    def block(self, x: Tensor) -> Tensor:
+        return partial_mlp(x, self.weight, self.w1, self.b1, self.w2, self.b2)
+
+    def baselines(self, whole_block: bool, both_layouts: bool) -> dict[str, Callable[[int], Tensor]]:
+        """Eager forms in the row's layout, and in the other one or compiled."""
+
+        def form(convolve: Callable[[Tensor], Tensor], layout: str) -> Callable[[int], Tensor]:
+            if whole_block:
+                return lambda i: self.rest_of_block(x := self.input(i, layout), convolve(x))
+            return lambda i: convolve(self.input(i, layout))
+
+        forms = {"split_cat": self.split_cat, "clone_slice": self.clone_slice}
+        result = {name: form(f, self.layout) for name, f in forms.items()}
+        if both_layouts:
+            other = "nchw" if self.layout == "nhwc" else "nhwc"
+            return result | {f"{name}_{other}": form(f, other) for name, f in forms.items()}
+        compiled = torch.compile(
+            (lambda x: self.rest_of_block(x, self.split_cat(x))) if whole_block else self.split_cat,
+            dynamic=False,
+        )
+        return result | {"compile": lambda i: compiled(self.input(i, self.layout))}
+
+    def want(self, whole_block: bool) -> Tensor:
+        """The fp64 result."""
+        x, weight = self.x.double(), self.weight.double()
+        if not whole_block:
+            return reference.partial_conv2d(x, weight, padding=1)
+        layers = (t.double() for t in (self.w1, self.b1, self.w2, self.b2))
+        return reference.partial_mlp(x, weight, *layers)
 
 
-def row(
-    op: str, name: str, shape: tuple[int, int, int], dtype: str, layout: str, device: str, barred: bool
-) -> Row:
+def row(op: str, name: str, shape: Shape, dtype: str, layout: str, device: str, barred: bool) -> Row:
     batch, channels, side = shape
     pixels, width, size = batch * side * side, channels // 4, DTYPES[dtype].itemsize
-    in_place = op == "pconv_conv2d_"
+    in_place, whole_block = op == "pconv_conv2d_", op == "pconv_mlp"
+    touched = width if in_place else channels
+    weights = 9 * width * width + (4 * channels * channels if whole_block else 0)
 
     def build(buffers: int) -> Workload:
-        case = Convolution(shape, DTYPES[dtype], layout, device, buffers)
-        tolerance = 1e-4 if dtype == "fp32" else 0.05
-        if in_place:
-            baselines = {"split_cat": case.split_cat, "slice": case.slice_in_place}
-            return Workload(case.ours_in_place, baselines, case.in_place_error, tolerance)
-        want = reference.partial_conv2d(case.inputs[0].double(), case.weight.double(), padding=1)
-        baselines = {"split_cat": case.split_cat, "clone_slice": case.clone_slice, "compile": case.compile}
-        return Workload(case.ours, baselines, lambda y: float((y.double() - want).abs().max()), tolerance)
+        forms = Forms(shape, DTYPES[dtype], layout, device, buffers)
+        want = forms.want(whole_block)
+
+        def error(y: Tensor) -> float:
+            return float((y.double() - want).abs().max())
+
+        def in_place_error(y: Tensor) -> float:
+            # what the buffers hold by now is no longer known: a fresh one is tried instead
+            return error(forms.conv_in_place(forms.x.clone(memory_format=FORMATS[layout])))
+
+        ours = forms.conv_in_place if in_place else forms.block if whole_block else forms.conv
+        return Workload(
+            lambda i: ours(forms.input(i, layout)),
+            forms.baselines(whole_block, both_layouts=barred),
+            in_place_error if in_place else error,
+            1e-4 if dtype == "fp32" else 0.15 if whole_block else 0.05,
+        )
 
     return Row(
         op=op,
         shape=f"{name} {batch}x{channels}x{side}x{side} {layout}",
         dtype=dtype,
-        bytes_read=pixels * size * (width if in_place else channels) + 9 * width * width * size,
-        operations=2 * pixels * 9 * width * width,
+        bytes_read=(pixels * touched + weights) * size,
+        bytes_written=pixels * touched * size,
+        operations=2 * pixels * (9 * width * width + (4 * channels * channels if whole_block else 0)),
         math="fp32" if dtype == "fp32" else "bf16",
         build=build,
-        bars={"best": 2.0 if in_place else 1.0} if barred else {},
-        quick=barred and batch == 8,
+        bars={"best": BARS[device][op]} if barred else {},
+        quick=barred and shape[0] != 1 and dtype == "bf16",
     )
 
 
 def rows(device: str) -> list[Row]:
     """The barred shapes first, then every stage of every model."""
     result = []
-    for shape in BARRED if device == "cpu" else ((256, 64, 56), (256, 96, 56), (256, 160, 56)):
-        for dtype in DTYPES:
-            for op in ("pconv_conv2d", "pconv_conv2d_"):
+    for shape in BARRED[device]:
+        for dtype in DTYPES if device == "cpu" else ("bf16",):
+            for op in ("pconv_conv2d", "pconv_conv2d_", "pconv_mlp"):
                 result.append(row(op, "bar", shape, dtype, "nhwc", device, barred=True))
     for model, embedding in EMBEDDINGS.items():
         for stage in range(4):
-            for batch in (1, 32) if device == "cpu" else (1, 32, 256):
-                for layout in ("nchw", "nhwc"):
-                    shape = (batch, embedding << stage, 56 >> stage)
-                    name = f"partialnet-{model}.{stage + 1}"
-                    result.append(row("pconv_conv2d", name, shape, "bf16", layout, device, barred=False))
-    return result
+            for batch in (1, 32, 256):
+                for layout in FORMATS:
+                    for op in ("pconv_conv2d", "pconv_mlp"):
+                        shape = (batch, embedding << stage, 56 >> stage)
+                        name = f"partialnet-{model}.{stage + 1}"
+                        result.append(row(op, name, shape, "bf16", layout, device, barred=False))
+    return result + pconv_network.rows(device)

@@ -27,10 +27,11 @@ def show(results: list[Result], console: Console) -> None:
     for r in results:
         ratios = "\n".join(f"{v[0]:.2f} {name} ({v[1]:.2f}..{v[2]:.2f})" for name, v in r.ratios.items())
         warm = "" if r.warm_microseconds is None else f"\nwarm {r.warm_microseconds:.1f}"
+        images = "" if r.images_per_second is None else f"\n{r.images_per_second:.1f} images/s"
         op, _, shape = r.name.partition(" ")
         table.add_row(
             f"{op}\n{shape}",
-            f"{r.microseconds:.1f} ({r.spread[0]:.1f}..{r.spread[1]:.1f}){warm}",
+            f"{r.microseconds:.1f} ({r.spread[0]:.1f}..{r.spread[1]:.1f}){warm}{images}",
             f"{r.gigabytes_per_second:.1f}",
             f"{r.gigaflops:.0f}",
             f"{r.percent_of_limit:.0f}% {r.bound}",
@@ -101,8 +102,9 @@ def markdown_table(results: list[Result]) -> str:
     ]
     for r in results:
         ratios = ", ".join(f"{v[0]:.2f} {name} ({v[1]:.2f}..{v[2]:.2f})" for name, v in r.ratios.items())
+        images = "" if r.images_per_second is None else f", {r.images_per_second:.1f} images/s"
         lines.append(
-            f"| {r.name} | {r.microseconds:.0f} ({r.spread[0]:.0f}..{r.spread[1]:.0f}) "
+            f"| {r.name} | {r.microseconds:.0f} ({r.spread[0]:.0f}..{r.spread[1]:.0f}){images} "
             f"| {r.gigabytes_per_second:.1f} | {r.gigaflops:.0f} | {r.percent_of_limit:.0f}% ({r.bound}) "
             f"| {r.error:.1e} | {ratios or '-'} |"
         )

@@ -220,6 +220,11 @@ def packed(ops: Any, device: str) -> tuple[Any, ...]:
     return ops.bits_pack(codes), OUT_FEATURES, IN_FEATURES, LAYOUT
 
 
+def learned(device: str, dtype: torch.dtype, count: int) -> Tensor:
+    """A scale or zero beside data of a dtype."""
+    return full(device, torch.float64 if dtype == torch.float64 else torch.float32, 0.1, count)
+
+
 @call("bits_pack")
 def _(ops: Any, device: str, dtype: torch.dtype) -> None:
     packed(ops, device)
@@ -266,6 +271,28 @@ def _(ops: Any, device: str, dtype: torch.dtype) -> None:
         )
 
 
+@call("bits_fake_quantize", *FLOATS)
+def _(ops: Any, device: str, dtype: torch.dtype) -> None:
+    ops.bits_fake_quantize(normal(device, dtype, 3, 70), learned(device, dtype, 3), 4, 8)
+
+
+@call("bits_fake_quantize_backward", *FLOATS)
+def _(ops: Any, device: str, dtype: torch.dtype) -> None:
+    w = normal(device, dtype, 3, 70)
+    ops.bits_fake_quantize_backward(w, w, learned(device, dtype, 3), 4, 8)
+
+
+@call("bits_fake_quantize_activations", *FLOATS)
+def _(ops: Any, device: str, dtype: torch.dtype) -> None:
+    ops.bits_fake_quantize_activations(normal(device, dtype, 3, 70), learned(device, dtype, 1), None, 4)
+
+
+@call("bits_fake_quantize_activations_backward", *FLOATS)
+def _(ops: Any, device: str, dtype: torch.dtype) -> None:
+    x, one = normal(device, dtype, 3, 3000), learned(device, dtype, 1)
+    ops.bits_fake_quantize_activations_backward(x, x, one, one, 4)
+
+
 # ---- pconv --------------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +314,20 @@ def _(ops: Any, device: str, dtype: torch.dtype) -> None:
 @call("conv2d_slice", *FLOATS)
 def _(ops: Any, device: str, dtype: torch.dtype) -> None:
     ops.conv2d_slice(*convolution(device, dtype), padding=[1, 1])
+
+
+@call("partial_mlp", *FLOATS)
+def _(ops: Any, device: str, dtype: torch.dtype) -> None:
+    x, weight = convolution(device, dtype)
+    w1, b1 = normal(device, dtype, 48, 24), normal(device, dtype, 48)
+    w2, b2 = normal(device, dtype, 24, 48), normal(device, dtype, 24)
+    gates = normal(device, dtype, 2, 18), normal(device, dtype, 48), normal(device, dtype, 1)
+    ops.partial_mlp(x, weight, w1, b1, w2, b2, 1, *gates)
+
+
+@call("channel_stats", *FLOATS)
+def _(ops: Any, device: str, dtype: torch.dtype) -> None:
+    ops.channel_stats(convolution(device, dtype)[0], 6)
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
 // The convolutions of the family on the CPU, compiled once per instruction set.
+//
+// A task is some output rows of an image. In place it is a whole image if there are images enough, packed as
+// a whole before its first output is written; otherwise all slices are packed before any output is.
 #include "pconv/partial_conv2d_cpu.h"
 #include "core/isa.h"
 
@@ -6,31 +9,138 @@ namespace tranche::cpu::TRANCHE_ISA {
 
 namespace {
 
-template <class T, class A>
-void run_as(const PartialConv2dParams& p) {
-  const ConvPlan plan = conv_plan(p);
-  Convolution<T, A>(p, plan).run();
+template <class T, class K>
+class PartialConvolution {
+  using A = typename K::A;
+  using Unit = typename K::Unit;
+
+ public:
+  PartialConvolution(const PartialConv2dParams& p, void* memory) : p_(p), conv_(p), arena_(memory) {
+    const int64_t threads = num_threads();
+    const bool image_tasks = p.in_place && p.batch >= threads;
+    packs_first_ = p.in_place && !image_tasks;
+    task_rows_ = conv_.pass_rows();
+    if (image_tasks) {
+      task_rows_ = p.out_height;
+    } else {  // at least two tasks per thread
+      const int64_t wanted = (2 * threads + p.batch - 1) / p.batch;
+      task_rows_ = most<int64_t>(1, least(task_rows_, p.out_height / wanted));
+    }
+    tasks_ = (p.out_height + task_rows_ - 1) / task_rows_;
+    slots_ = least(threads, p.batch * tasks_);
+    conv_.take(arena_);
+    packed_step_ = packs_first_ ? 0 : round_up(conv_.packed_units(conv_.input_rows(task_rows_)), 16);
+    packed_ = arena_.template take<Unit>(packs_first_ ? conv_.packed_units(p.batch * conv_.padded_height())
+                                                      : slots_ * packed_step_);
+    sums_ = arena_.template take<A>(slots_ * conv_.pass_sums());
+  }
+
+  size_t bytes() const { return size_t(arena_.used()); }
+
+  void run() const {
+    conv_.prepare();
+    const int64_t height = conv_.padded_height();
+    if (packs_first_) {
+      parallel_for(p_.batch * height, [&](int64_t i) {
+        conv_.pack(i / height, i % height, 1, packed_ + i * conv_.row_units());
+      });
+    }
+    parallel_for(slots_, [&](int64_t slot) {
+      for (int64_t task = slot; task < p_.batch * tasks_; task += slots_) {
+        const int64_t b = task / tasks_, first = task % tasks_ * task_rows_;
+        const int64_t rows = least(task_rows_, p_.out_height - first);
+        Unit* packed = packed_ + slot * packed_step_;
+        if (packs_first_) {
+          packed += (b * height + first * p_.stride[0]) * conv_.row_units();
+        } else {
+          conv_.pack(b, first * p_.stride[0], conv_.input_rows(rows), packed);
+        }
+        for (int64_t r = 0; r < rows; r += conv_.pass_rows()) {
+          pass(b, first + r, least(conv_.pass_rows(), rows - r),
+               packed + r * p_.stride[0] * conv_.row_units(), sums_ + slot * conv_.pass_sums());
+        }
+      }
+    });
+  }
+
+ private:
+  void pass(int64_t b, int64_t first, int64_t rows, const Unit* packed, A* sums) const {
+    copy_untouched(b, first, rows);
+    T* y = static_cast<T*>(p_.y) + b * p_.y_stride[0] + first * p_.y_stride[2];
+    conv_.compute(rows, packed, sums, [&](int64_t channel, int64_t channels, const A* from) {
+      for (int64_t r = 0; r < rows; ++r) {
+        T* to = y + (p_.y_start + channel) * p_.y_stride[1] + r * p_.y_stride[2];
+        store_pixels(from + r * p_.out_width * kPanel, kPanel, p_.out_width, channels,
+                     Pixels<T>{to, p_.y_stride[1], p_.y_stride[3]});
+      }
+    });
+  }
+
+  // The channels of x beside the slice. Where pixels are whole, the slice travels along and is overwritten.
+  void copy_untouched(int64_t b, int64_t first, int64_t rows) const {
+    if (!p_.copies) return;
+    const T* x = static_cast<const T*>(p_.x) + b * p_.x_stride[0];
+    T* y = static_cast<T*>(p_.y) + b * p_.y_stride[0];
+    const int64_t *xs = p_.x_stride, *ys = p_.y_stride;
+    const bool whole_pixels = xs[1] == 1 && ys[1] == 1 && xs[3] == p_.channels && ys[3] == p_.channels;
+    if (whole_pixels) {
+      for (int64_t r = first; r < first + rows; ++r) {
+        memcpy(y + r * ys[2], x + r * xs[2], size_t(p_.width * p_.channels) * sizeof(T));
+      }
+      return;
+    }
+    const bool planes = xs[3] == 1 && ys[3] == 1 && xs[2] == p_.width && ys[2] == p_.width;
+    for (int64_t c = 0; c < p_.channels; ++c) {
+      if (c >= p_.start && c < p_.start + p_.c_in) continue;
+      if (planes) {
+        memcpy(y + c * ys[1] + first * ys[2], x + c * xs[1] + first * xs[2],
+               size_t(rows * p_.width) * sizeof(T));
+        continue;
+      }
+      for (int64_t r = first; r < first + rows; ++r) {
+        for (int64_t i = 0; i < p_.width; ++i) {
+          y[c * ys[1] + r * ys[2] + i * ys[3]] = x[c * xs[1] + r * xs[2] + i * xs[3]];
+        }
+      }
+    }
+  }
+
+  const PartialConv2dParams& p_;
+  SliceConvolution<T, K> conv_;
+  Arena arena_;
+  bool packs_first_ = false;
+  int64_t task_rows_ = 1, tasks_ = 1, slots_ = 1, packed_step_ = 0;
+  Unit* packed_ = nullptr;
+  A* sums_ = nullptr;
+};
+
+// f(convolution) with the arithmetic that serves p.
+template <class F>
+size_t with_convolution(const PartialConv2dParams& p, void* memory, const F& f) {
+  switch (p.type) {
+    case DType::f64:
+      return f(PartialConvolution<double, F64>(p, memory));
+    case DType::f32:
+      return f(PartialConvolution<float, F32>(p, memory));
+    case DType::f16:
+      return f(PartialConvolution<half, F32>(p, memory));
+    default:
+      if (is_depthwise(p)) return f(PartialConvolution<bf16, F32>(p, memory));
+      return f(PartialConvolution<bf16, KindOf<bf16>::type>(p, memory));
+  }
 }
 
 }  // namespace
 
 size_t partial_conv2d_workspace(const PartialConv2dParams& p) {
-  return conv_workspace(p, p.type == DType::f64 ? sizeof(double) : sizeof(float));
+  return with_convolution(p, nullptr, [](const auto& convolution) { return convolution.bytes(); });
 }
 
 void partial_conv2d(const PartialConv2dParams& p) {
-  switch (p.type) {
-    case DType::f64:
-      return run_as<double, double>(p);
-    case DType::f32:
-      return run_as<float, float>(p);
-    case DType::f16:
-      return run_as<half, float>(p);
-    case DType::bf16:
-      return run_as<bf16, float>(p);
-    default:
-      return;
-  }
+  with_convolution(p, p.workspace, [](const auto& convolution) {
+    convolution.run();
+    return size_t(0);
+  });
 }
 
 }  // namespace tranche::cpu::TRANCHE_ISA

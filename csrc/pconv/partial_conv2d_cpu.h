@@ -1,8 +1,6 @@
-// The slice of some input rows, packed with its zero padding; the products over it; the results' way into y.
-//
-// A packed row is [width + 2 padding][c_in] in the type of the sums. With stride 1 the pixels of several rows
-// are then equally spaced, padding included, and one product runs over all of them: what it computes between
-// rows is dropped.
+// The convolution of a slice of channels, some output rows at a time: input rows are packed with their zero
+// padding, [width + 2 padding][c] in the type that the product takes; then panel by panel of outputs the
+// product runs over all pixels of the rows, and an epilogue takes what it made while that is in the cache.
 #pragma once
 
 #include <cstring>
@@ -13,270 +11,180 @@
 
 namespace tranche::cpu::TRANCHE_ISA {
 
-constexpr int64_t kSlack = 64;  // elements that a packed row may be over-read by
-
-TRANCHE_INLINE int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-TRANCHE_INLINE int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
-TRANCHE_INLINE int64_t most(int64_t x, int64_t y) { return x > y ? x : y; }
-
-// How the work is cut. Nothing in here changes a result.
-struct ConvPlan {
-  bool depthwise;                        // a channel each: vector lanes are channels, and there is one group
-  int64_t groups;                        // that are computed one after the other
-  int64_t slice_k, group_out, ldw, ldo;  // per group: products, outputs, padded outputs; all groups' columns
-  int64_t packed_width, row_reach;       // of a packed row; input rows that one output row needs
-  int64_t chunk_rows, chunks;            // output rows of a task, tasks of an image
-  int64_t weights, biases, offsets, slot;  // elements: of all groups; of one thread's scratch
-  int64_t packed, results;                 // elements: of a task's packed rows, of its results
-  int64_t whole;                           // elements of all images packed, where that has to come first
-  int64_t slots;
-};
-
-TRANCHE_INLINE int64_t packed_rows(const PartialConv2dParams& p, const ConvPlan& plan, int64_t out_rows) {
-  return out_rows <= 0 ? 0 : (out_rows - 1) * p.stride[0] + plan.row_reach;
+// A channel each: vector lanes are channels, in float or double.
+TRANCHE_INLINE bool is_depthwise(const PartialConv2dParams& p) {
+  return p.c_in == p.groups && p.c_out == p.groups && p.groups > 1;
 }
 
-TRANCHE_INLINE int64_t result_rows(const PartialConv2dParams& p, const ConvPlan& plan, int64_t out_rows) {
-  const bool one_run = p.stride[0] == 1 && p.stride[1] == 1;
-  return one_run ? (out_rows - 1) * plan.packed_width + p.out_width : out_rows * p.out_width;
-}
-
-static ConvPlan conv_plan(const PartialConv2dParams& p) {
-  ConvPlan plan{};
-  plan.slice_k = int64_t(p.c_in / p.groups) * p.kernel[0] * p.kernel[1];
-  plan.depthwise = p.c_in == p.groups && p.c_out == p.groups && p.groups > 1;
-  plan.groups = plan.depthwise ? 1 : p.groups;
-  plan.group_out = p.c_out / plan.groups;
-  plan.ldw = padded(plan.group_out);
-  plan.ldo = plan.groups == 1 ? plan.ldw : p.c_out + kColumnPad;
-  plan.packed_width = p.width + 2 * int64_t(p.padding[1]);
-  plan.row_reach = int64_t(p.kernel[0] - 1) * p.dilation[0] + 1;
-  const int64_t threads = num_threads();
-  const bool image_tasks = p.in_place && p.batch >= threads;
-  // About 256 KB of scratch per task, and at least two tasks per thread.
-  const int64_t row_bytes = 4 * plan.packed_width * (p.c_in * int64_t(p.stride[0]) + plan.ldo);
-  plan.chunk_rows = most(1, least(p.out_height, (256 << 10) / most(row_bytes, 1)));
-  if (image_tasks) {
-    plan.chunk_rows = p.out_height;
-  } else {
-    const int64_t wanted = (2 * threads + p.batch - 1) / most(p.batch, 1);
-    plan.chunk_rows = most(1, least(plan.chunk_rows, (p.out_height + wanted - 1) / wanted));
-  }
-  plan.chunks = (p.out_height + plan.chunk_rows - 1) / most(plan.chunk_rows, 1);
-  plan.weights = plan.groups * plan.slice_k * plan.ldw;
-  plan.biases = plan.groups * plan.ldw;
-  plan.offsets = plan.slice_k;
-  plan.packed = packed_rows(p, plan, plan.chunk_rows) * plan.packed_width * p.c_in + kSlack;
-  plan.results = result_rows(p, plan, plan.chunk_rows) * plan.ldo + kSlack;
-  const int64_t all_rows = p.height + 2 * int64_t(p.padding[0]);
-  plan.whole = p.in_place && !image_tasks ? p.batch * all_rows * plan.packed_width * p.c_in + kSlack : 0;
-  plan.slot = rounded_up(plan.packed + plan.results, 16);
-  plan.slots = most(1, least(threads, p.batch * plan.chunks));
-  return plan;
-}
-
-// Where the parts of the workspace lie, in elements of A.
-template <class A>
-struct ConvSpace {
-  A *weights, *biases, *whole, *slots;
-  int64_t* offsets;
-  ConvSpace(const PartialConv2dParams& p, const ConvPlan& plan) {
-    offsets = static_cast<int64_t*>(p.workspace);
-    weights = reinterpret_cast<A*>(offsets + rounded_up(plan.offsets, 8));
-    biases = weights + plan.weights;
-    whole = biases + plan.biases;
-    slots = whole + rounded_up(plan.whole, 16);
-  }
-};
-
-static size_t conv_workspace(const PartialConv2dParams& p, size_t element) {
-  const ConvPlan plan = conv_plan(p);
-  return size_t(rounded_up(plan.offsets, 8)) * sizeof(int64_t) +
-         size_t(plan.weights + plan.biases + rounded_up(plan.whole, 16) + plan.slots * plan.slot) * element;
-}
-
-template <class T, class A>
-class Convolution {
+template <class T, class K>
+class SliceConvolution {
  public:
-  Convolution(const PartialConv2dParams& p, const ConvPlan& plan) : p_(p), plan_(plan), space_(p, plan) {}
+  using X = typename K::X;
+  using A = typename K::A;
+  using Unit = typename K::Unit;
 
-  // The weights of all groups, transposed, and where each product finds its element of x.
+  explicit SliceConvolution(const PartialConv2dParams& p)
+      : p_(p),
+        depthwise_(is_depthwise(p)),
+        groups_(depthwise_ ? 1 : p.groups),
+        group_in_(p.c_in / groups_),
+        group_out_(p.c_out / groups_),
+        depth_(depthwise_ ? 1 : units<K>(group_in_)),
+        taps_(int64_t(p.kernel[0]) * p.kernel[1]),
+        pixel_(units<K>(group_in_) * groups_),
+        packed_width_(p.width + 2 * int64_t(p.padding[1])) {
+    // A pass makes about as many pixels as let its results stay in the first-level cache.
+    constexpr int64_t kPassPixels = 224;
+    pass_rows_ = most<int64_t>(1, least(p.out_height, kPassPixels / most<int64_t>(1, p.out_width)));
+  }
+
+  // What all threads share.
+  void take(Arena& arena) {
+    offsets_ = arena.take<int64_t>(taps_);
+    weights_ = arena.take<Unit>(groups_ * panels(group_out_) * panel_units());
+    biases_ = arena.take<A>(groups_ * panels(group_out_) * kPanel);
+  }
+
+  // The weights of all groups as panels, and where each tap finds its pixel.
   void prepare() const {
-    const int64_t cells = int64_t(p_.kernel[0]) * p_.kernel[1];
-    for (int64_t k = 0; k < plan_.slice_k; ++k) {
-      const int64_t ci = k / cells, ky = k % cells / p_.kernel[1], kx = k % p_.kernel[1];
-      space_.offsets[k] = (ky * p_.dilation[0] * plan_.packed_width + kx * p_.dilation[1]) * p_.c_in + ci;
+    for (int64_t k = 0; k < taps_; ++k) {
+      const int64_t ky = k / p_.kernel[1], kx = k % p_.kernel[1];
+      offsets_[k] = (ky * p_.dilation[0] * packed_width_ + kx * p_.dilation[1]) * pixel_;
     }
-    const int64_t blocks = plan_.ldw / kColumnPad, group_weights = plan_.group_out * plan_.slice_k;
-    const auto pack = [&](int64_t task) {
-      const int64_t g = task / blocks, first = task % blocks * kColumnPad;
-      pack_columns(static_cast<const T*>(p_.weight) + g * group_weights, plan_.group_out, plan_.slice_k,
-                   first, space_.weights + g * plan_.slice_k * plan_.ldw, plan_.ldw);
-    };
-    const bool worth_threads = plan_.weights >= 16384;
-    if (worth_threads) {
-      parallel_for(plan_.groups * blocks, pack);
-    } else {
-      for (int64_t task = 0; task < plan_.groups * blocks; ++task) pack(task);
-    }
-    for (int64_t g = 0; g < plan_.groups; ++g) {
+    const int64_t count = groups_ * panels(group_out_);
+    const auto pack = [&](int64_t i) {
+      const int64_t g = i / panels(group_out_), first = i % panels(group_out_) * kPanel;
+      const int64_t inputs = depthwise_ ? 1 : group_in_;
+      pack_panel<K>(static_cast<const T*>(p_.weight) + g * group_out_ * inputs * taps_, group_out_, inputs,
+                    taps_, first, weights_ + i * panel_units());
       const T* bias = static_cast<const T*>(p_.bias);
-      pack_bias(bias ? bias + g * plan_.group_out : nullptr, plan_.group_out, space_.biases + g * plan_.ldw);
+      for (int64_t o = 0; o < kPanel; ++o) {
+        const bool live = bias && first + o < group_out_;
+        biases_[i * kPanel + o] = live ? widen<A>(bias[g * group_out_ + first + o]) : A(0);
+      }
+    };
+    constexpr int64_t kWorthThreads = 32768;
+    if (count > 1 && count * panel_units() >= kWorthThreads) {
+      parallel_for(count, pack);
+    } else {
+      for (int64_t i = 0; i < count; ++i) pack(i);
     }
   }
+
+  int64_t pass_rows() const { return pass_rows_; }
+  int64_t row_units() const { return packed_width_ * pixel_; }
+  int64_t input_rows(int64_t rows) const {
+    return (rows - 1) * p_.stride[0] + int64_t(p_.kernel[0] - 1) * p_.dilation[0] + 1;
+  }
+  int64_t padded_height() const { return p_.height + 2 * int64_t(p_.padding[0]); }
+  // Units that packing `rows` input rows takes, and sums that a pass makes.
+  int64_t packed_units(int64_t rows) const { return rows * row_units() + kOverRead; }
+  int64_t pass_sums() const { return pass_rows_ * p_.out_width * kPanel; }
 
   // Input rows [first, first + rows) of image b, counted from the top of the padding.
-  void pack(int64_t b, int64_t first, int64_t rows, A* to) const {
+  void pack(int64_t b, int64_t first, int64_t rows, Unit* packed) const {
     const T* x = static_cast<const T*>(p_.x) + b * p_.x_stride[0] + p_.start * p_.x_stride[1];
-    const int64_t channels = p_.c_in, side = p_.padding[1] * channels;
-    for (int64_t r = 0; r < rows; ++r, to += plan_.packed_width * channels) {
+    const int64_t side = p_.padding[1] * pixel_;
+    for (int64_t r = 0; r < rows; ++r, packed += row_units()) {
       const int64_t y = first + r - p_.padding[0];
       if (y < 0 || y >= p_.height) {
-        memset(to, 0, size_t(plan_.packed_width * channels) * sizeof(A));
+        memset(packed, 0, size_t(row_units()) * sizeof(Unit));
         continue;
       }
-      memset(to, 0, size_t(side) * sizeof(A));
-      memset(to + side + p_.width * channels, 0, size_t(side) * sizeof(A));
-      pack_row(x + y * p_.x_stride[2], to + side);
+      memset(packed, 0, size_t(side) * sizeof(Unit));
+      memset(packed + side + p_.width * pixel_, 0, size_t(side) * sizeof(Unit));
+      pack_row(x + y * p_.x_stride[2], packed + side);
     }
   }
 
-  // Output rows [first, first + rows) of image b from packed rows that begin at the first one needed.
-  void compute(int64_t b, int64_t first, int64_t rows, const A* packed, A* results) const {
-    const bool one_run = p_.stride[0] == 1 && p_.stride[1] == 1;
-    const int64_t group_in = p_.c_in / plan_.groups;
-    const int64_t runs = one_run ? 1 : rows;
-    const int64_t run_pixels = one_run ? result_rows(p_, plan_, rows) : p_.out_width;
-    const int64_t line = one_run ? plan_.packed_width : p_.out_width;
-    for (int64_t g = 0; g < plan_.groups; ++g) {
-      for (int64_t r = 0; r < runs; ++r) {
-        const A* x = packed + r * p_.stride[0] * plan_.packed_width * p_.c_in + g * group_in;
-        A* out = results + r * p_.out_width * plan_.ldo + g * plan_.group_out;
-        if (plan_.depthwise) {
-          depthwise(x, out, run_pixels);
-          continue;
-        }
-        const Product<A> a{x,
-                           p_.stride[1] * int64_t(p_.c_in),
-                           space_.offsets,
-                           plan_.slice_k,
-                           space_.weights + g * plan_.slice_k * plan_.ldw,
-                           space_.biases + g * plan_.ldw,
-                           out,
-                           plan_.ldw,
-                           plan_.ldo};
-        product(a, run_pixels, plan_.group_out);
-      }
-    }
-    copy_untouched(b, first, rows);
-    store(b, first, rows, results, line);
-  }
-
-  void run() const {
-    prepare();
-    const int64_t tasks = p_.batch * plan_.chunks;
-    const int64_t all_rows = p_.height + 2 * int64_t(p_.padding[0]);
-    const int64_t row_elements = plan_.packed_width * p_.c_in;
-    if (plan_.whole > 0) {
-      parallel_for(p_.batch * all_rows,
-                   [&](int64_t i) { pack(i / all_rows, i % all_rows, 1, space_.whole + i * row_elements); });
-    }
-    parallel_for(plan_.slots, [&](int64_t slot) {
-      A* packed = space_.slots + slot * plan_.slot;
-      A* results = packed + plan_.packed;
-      for (int64_t task = slot; task < tasks; task += plan_.slots) {
-        const int64_t b = task / plan_.chunks, first = task % plan_.chunks * plan_.chunk_rows;
-        const int64_t rows = least(plan_.chunk_rows, p_.out_height - first);
-        const A* from = packed;
-        if (plan_.whole > 0) {
-          from = space_.whole + (b * all_rows + first * p_.stride[0]) * row_elements;
+  // At most pass_rows() output rows from packed rows that begin at the first one needed. Calls
+  // epilogue(first output channel, channels, sums [rows * out_width][kPanel]).
+  template <class Epilogue>
+  void compute(int64_t rows, const Unit* packed, A* sums, const Epilogue& epilogue) const {
+    Product<K> a{};
+    a.step = p_.stride[1] * pixel_;
+    a.run_step = p_.stride[0] * row_units();
+    a.offset = offsets_;
+    a.segments = taps_;
+    a.depth = depth_;
+    a.out = sums;
+    a.runs = rows;
+    a.pixels = p_.out_width;
+    a.fetch_ahead = groups_ * panels(group_out_) * panel_units() * int64_t(sizeof(Unit)) > kSecondLevel;
+    for (int64_t g = 0; g < groups_; ++g) {
+      for (int64_t first = 0; first < group_out_; first += kPanel) {
+        const int64_t live = least(kPanel, group_out_ - first);
+        const int64_t panel = g * panels(group_out_) + first / kPanel;
+        a.w = weights_ + panel * panel_units();
+        a.bias = biases_ + panel * kPanel;
+        if (depthwise_) {
+          a.x = packed + first;
+          depthwise(a, live);
         } else {
-          pack(b, first * p_.stride[0], packed_rows(p_, plan_, rows), packed);
+          a.x = packed + g * depth_;
+          product(a, live);
         }
-        compute(b, first, rows, from, results);
+        epilogue(g * group_out_ + first, live, static_cast<const A*>(sums));
       }
-    });
+    }
   }
 
  private:
-  void pack_row(const T* x, A* to) const {
-    const int64_t channels = p_.c_in;
-    if (p_.x_stride[1] == 1) {
-      for (int64_t i = 0; i < p_.width; ++i) load_row(x + i * p_.x_stride[3], to + i * channels, channels);
+  static constexpr int64_t kOverRead = 64;  // units: the last vector of a pixel, where channels are lanes
+
+  int64_t panel_units() const { return taps_ * depth_ * kPanel; }
+
+  void pack_row(const T* x, Unit* packed) const {
+    X* to = reinterpret_cast<X*>(packed);
+    const int64_t group_elements = units<K>(group_in_) * K::kPair;
+    const Pixels<const T> from{x, p_.x_stride[1], p_.x_stride[3]};
+    if (group_elements == group_in_) {
+      load_pixels(from, p_.width, p_.c_in, to, pixel_ * K::kPair);
       return;
     }
-    for (int64_t c = 0; c < channels; ++c) {
-      const T* plane = x + c * p_.x_stride[1];
-      for (int64_t i = 0; i < p_.width; ++i) to[i * channels + c] = widen<T, A>(plane[i * p_.x_stride[3]]);
+    for (int64_t g = 0; g < groups_; ++g) {
+      const Pixels<const T> part{x + g * group_in_ * from.channel, from.channel, from.pixel};
+      X* group = to + g * group_elements;
+      load_pixels(part, p_.width, group_in_, group, pixel_ * K::kPair);
+      for (int64_t i = 0; i < p_.width; ++i) group[i * pixel_ * K::kPair + group_in_] = X{};
     }
   }
 
-  void depthwise(const A* x, A* out, int64_t pixels) const {
-    using L = Lanes<A>;
-    const int64_t step = p_.stride[1] * int64_t(p_.c_in);
-    for (int64_t i = 0; i < pixels; ++i) {
-      for (int64_t c = 0; c < p_.c_out; c += L::width) {
-        typename L::V sum = L::load(space_.biases + c);
-        for (int64_t k = 0; k < plan_.slice_k; ++k) {
-          // the last vector of a pixel reads into the next one, or into the slack, and drops it
-          const typename L::V at = L::load(x + i * step + space_.offsets[k] + c);
-          sum = L::fma(at, L::load(space_.weights + k * plan_.ldw + c), sum);
-        }
-        L::store(out + i * plan_.ldo + c, sum);
-      }
-    }
-  }
-
-  // The channels of x beside the slice. Where pixels are whole, the slice travels along and is overwritten.
-  void copy_untouched(int64_t b, int64_t first, int64_t rows) const {
-    if (!p_.copies) return;
-    const T* x = static_cast<const T*>(p_.x) + b * p_.x_stride[0];
-    T* y = static_cast<T*>(p_.y) + b * p_.y_stride[0];
-    const int64_t *xs = p_.x_stride, *ys = p_.y_stride;
-    const bool whole_pixels = xs[1] == 1 && ys[1] == 1 && xs[3] == p_.channels && ys[3] == p_.channels;
-    if (whole_pixels) {
-      for (int64_t r = first; r < first + rows; ++r) {
-        memcpy(y + r * ys[2], x + r * xs[2], size_t(p_.width * p_.channels) * sizeof(T));
-      }
-      return;
-    }
-    const bool planes = xs[3] == 1 && ys[3] == 1 && xs[2] == p_.width && ys[2] == p_.width;
-    for (int64_t c = 0; c < p_.channels; ++c) {
-      if (c >= p_.start && c < p_.start + p_.c_in) continue;
-      if (planes) {
-        memcpy(y + c * ys[1] + first * ys[2], x + c * xs[1] + first * xs[2],
-               size_t(rows * p_.width) * sizeof(T));
-        continue;
-      }
-      for (int64_t r = first; r < first + rows; ++r) {
-        for (int64_t i = 0; i < p_.width; ++i) {
-          y[c * ys[1] + r * ys[2] + i * ys[3]] = x[c * xs[1] + r * xs[2] + i * xs[3]];
+  void depthwise(const Product<K>& a, int64_t live) const {
+    if constexpr (K::kPair == 1) {
+      for (int64_t c = 0; c < live; c += K::kLanes) {
+        for (int64_t run = 0; run < a.runs; ++run) {
+          const Unit* x = a.x + run * a.run_step + c;
+          A* out = a.out + run * a.pixels * kPanel + c;
+          int64_t i = 0;
+          for (; i + 8 <= a.pixels; i += 8) depthwise_block<8>(a, x + i * a.step, out + i * kPanel, c);
+          for (; i < a.pixels; ++i) depthwise_block<1>(a, x + i * a.step, out + i * kPanel, c);
         }
       }
     }
   }
 
-  void store(int64_t b, int64_t first, int64_t rows, const A* results, int64_t line) const {
-    const int64_t* ys = p_.y_stride;
-    T* y = static_cast<T*>(p_.y) + b * ys[0] + p_.y_start * ys[1];
-    for (int64_t r = 0; r < rows; ++r) {
-      T* row = y + (first + r) * ys[2];
-      const A* from = results + r * line * plan_.ldo;
-      if (ys[1] == 1) {
-        for (int64_t i = 0; i < p_.out_width; ++i) store_row(from + i * plan_.ldo, row + i * ys[3], p_.c_out);
-        continue;
-      }
-      for (int64_t o = 0; o < p_.c_out; ++o) {
-        for (int64_t i = 0; i < p_.out_width; ++i) {
-          row[o * ys[1] + i * ys[3]] = narrow<T, A>(from[i * plan_.ldo + o]);
-        }
-      }
+  template <int kRows>
+  TRANCHE_INLINE void depthwise_block(const Product<K>& a, const Unit* x, A* out, int64_t c) {
+    typename K::V sum[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sum[r] = K::load(a.bias + c);
+    for (int64_t k = 0; k < a.segments; ++k) {
+      const typename K::V w = K::load(a.w + k * kPanel + c);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sum[r] = K::lanes(K::load(x + a.offset[k] + r * a.step), w, sum[r]);
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) K::store(out + r * kPanel, sum[r]);
   }
 
   const PartialConv2dParams& p_;
-  const ConvPlan& plan_;
-  const ConvSpace<A> space_;
+  const bool depthwise_;
+  const int64_t groups_, group_in_, group_out_, depth_, taps_, pixel_, packed_width_;
+  int64_t pass_rows_ = 1;
+  int64_t* offsets_ = nullptr;
+  Unit* weights_ = nullptr;
+  A* biases_ = nullptr;
 };
 
 }  // namespace tranche::cpu::TRANCHE_ISA

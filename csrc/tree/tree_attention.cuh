@@ -33,9 +33,9 @@ enum SpanLevel : int { kChunkLevel, kQuadLevel, kSegmentLevel, kSequenceLevel };
 struct TreeAttentionLaunch {
   TreeAttentionParams p;
   float* partial_out;    // [B, Hkv, all_slots, R, D] not yet divided by the sum
-  float* partial_stats;  // [B, Hkv, all_slots, R, 2] maximum (base 2, scaled) and sum
+  float* partial_stats;  // [B, Hkv, all_slots, R, 2] maximum (in the unit of ScoreMap) and sum
   float* running;        // [blocks, 2] stored states of blocks that own sequences or segments; thread-private
-  float score_factor;    // scale * log2 e, or scale * 2 log2 e / softcap
+  float score_factor;    // what ScoreMap multiplies q k with, but for k_scale
   int32_t group, rows;   // Hq / Hkv, N * group
   int32_t row_blocks;    // blocks over the packed rows
   int32_t splits;        // blocks over the chunks of a sequence
@@ -155,8 +155,16 @@ __device__ __forceinline__ int path_length(const int64_t* ancestors, int node) {
 // ---- the softmax state
 // ---------------------------------------------------------------------------------------
 
+// The weight of a score that is `difference` above another, whose weight is 1. Scores are to base 2; or
+// natural, which costs a product more and keeps float32's lse as near as the score itself.
+template <bool kNatural>
+__device__ __forceinline__ float weight_of(float difference) {
+  return ptx::exp2_approx(kNatural ? ptx::mul(difference, kLog2e) : difference);
+}
+
 // How one row's partial result joins its running one. A part that saw no key leaves the running state as it
 // is, and the first that did is copied: neither touches a bit.
+template <bool kNatural>
 struct Fold {
   float run, part;
   bool keep, take;
@@ -165,8 +173,8 @@ struct Fold {
     keep = part_l == 0.0f;
     take = !keep && l == 0.0f;
     const float top = fmaxf(m, part_m);
-    run = m == top ? 1.0f : ptx::exp2_approx(m - top);
-    part = part_m == top ? 1.0f : ptx::exp2_approx(part_m - top);
+    run = m == top ? 1.0f : weight_of<kNatural>(m - top);
+    part = part_m == top ? 1.0f : weight_of<kNatural>(part_m - top);
     if (take) {
       m = part_m, l = part_l;
     } else if (!keep) {
@@ -187,7 +195,7 @@ struct alignas(8) Float2 {
 };
 
 // A thread's share of a softmax state. Layout says which of the thread's rows a value belongs to:
-// kVectors, kRows, row_of(vector, element).
+// kVectors, kRows, row_of(vector, element); kNatural is the unit of m.
 template <class Layout>
 struct State {
   float acc[Layout::kVectors][4];
@@ -206,7 +214,7 @@ struct State {
   __device__ __forceinline__ void merge(const State& part) {
 #pragma unroll
     for (int r = 0; r < Layout::kRows; ++r) {
-      const Fold fold(m[r], l[r], part.m[r], part.l[r]);
+      const Fold<Layout::kNatural> fold(m[r], l[r], part.m[r], part.l[r]);
 #pragma unroll
       for (int v = 0; v < Layout::kVectors; ++v) {
 #pragma unroll
@@ -260,8 +268,8 @@ struct StoredState {
     for (int r = 0; r < Layout::kRows; r += 2) {
       Float4& stats = word(Layout::kVectors + r / 2);
       Float4 x = stats;
-      const Fold even(x.v[0], x.v[1], part.m[r], part.l[r]);
-      const Fold odd(x.v[2], x.v[3], part.m[r + 1], part.l[r + 1]);
+      const Fold<Layout::kNatural> even(x.v[0], x.v[1], part.m[r], part.l[r]);
+      const Fold<Layout::kNatural> odd(x.v[2], x.v[3], part.m[r + 1], part.l[r + 1]);
       stats = x;
 #pragma unroll
       for (int v = 0; v < Layout::kVectors; ++v) {
@@ -286,37 +294,56 @@ __device__ __forceinline__ int64_t partial_row(const TreeAttentionLaunch& plan, 
   return ((int64_t(b) * plan.p.heads_kv + h) * plan.all_slots + slot) * plan.rows + row;
 }
 
-// What the accumulated values of a finished row are multiplied with; writes the row's lse if `write_lse`.
-__device__ __forceinline__ float finish_row(const TreeAttentionLaunch& plan, int b, int h, int row, float m,
-                                            float l, bool write_lse) {
+// From the accumulated values of a finished row to its output. float32 divides: of one key it then gives back
+// the value exactly.
+template <bool kNatural>
+struct RowEnd {
+  float factor, total;
+  bool seen;
+
+  __device__ __forceinline__ float operator()(float x) const {
+    if (!seen) return 0.0f;
+    return kNatural ? ptx::mul(x, factor) / total : ptx::mul(x, factor);
+  }
+};
+
+// Writes the row's lse if `write_lse`.
+template <bool kNatural>
+__device__ __forceinline__ RowEnd<kNatural> finish_row(const TreeAttentionLaunch& plan, int b, int h, int row,
+                                                       float m, float l, bool write_lse) {
   const TreeAttentionParams& p = plan.p;
   const int node = row / plan.group, head = h * plan.group + row % plan.group;
   if (write_lse && p.lse != nullptr) {
-    const float lse = l == 0.0f ? kMinusInfinity : ptx::mul(m + ptx::log2_approx(l), kLn2);
-    p.lse[(int64_t(b) * p.nodes + node) * p.heads_q + head] = lse;
+    const float log_sum = ptx::log2_approx(l);
+    const float lse = kNatural ? fmaf(log_sum, kLn2, m) : ptx::mul(m + log_sum, kLn2);
+    p.lse[(int64_t(b) * p.nodes + node) * p.heads_q + head] = l == 0.0f ? kMinusInfinity : lse;
   }
-  if (l == 0.0f) return 0.0f;
   float total = l;
-  if (p.sinks != nullptr) total += ptx::exp2_approx(ptx::mul(p.sinks[head], kLog2e) - m);
-  const float factor = ptx::reciprocal_approx(total);
-  return p.v_scale != nullptr ? ptx::mul(factor, p.v_scale[h]) : factor;
+  if (p.sinks != nullptr) {
+    const float sink = p.sinks[head];
+    total += weight_of<kNatural>((kNatural ? sink : ptx::mul(sink, kLog2e)) - m);
+  }
+  const float scale = p.v_scale != nullptr ? p.v_scale[h] : 1.0f;
+  return {kNatural ? scale : ptx::mul(ptx::reciprocal_approx(total), scale), total, l != 0.0f};
 }
 
-// A score to base 2: times scale and log2 e; with a softcap, softcap * tanh(score * scale / softcap) times
-// log2 e, where e^2y = 2^(2y log2 e).
+// A score from q k: times scale; with a softcap, softcap * tanh(q k scale / softcap). To base 2 the same
+// times log2 e, and e^2y = 2^(2y log2 e) for the tanh.
+template <bool kNatural>
 struct ScoreMap {
-  float factor;  // of q k: to base 2, or to the exponent of tanh
-  float bound;   // softcap * log2 e, or 0
+  float factor;  // of q k: to the score, or to the argument of tanh or of its exponential
+  float bound;   // what tanh is multiplied with, or 0
 
   __device__ __forceinline__ ScoreMap(const TreeAttentionLaunch& plan, int h) {
     const TreeAttentionParams& p = plan.p;
     factor = plan.score_factor;
     if (p.k_scale != nullptr) factor = ptx::mul(factor, p.k_scale[h]);
-    bound = ptx::mul(p.softcap, kLog2e);
+    bound = kNatural ? p.softcap : ptx::mul(p.softcap, kLog2e);
   }
 
   __device__ __forceinline__ float cap(float x) const {
-    const float tanh = fmaf(-2.0f, ptx::reciprocal_approx(ptx::exp2_approx(x) + 1.0f), 1.0f);
+    const float tanh =
+        kNatural ? tanhf(x) : fmaf(-2.0f, ptx::reciprocal_approx(ptx::exp2_approx(x) + 1.0f), 1.0f);
     return ptx::mul(tanh, bound);
   }
 };

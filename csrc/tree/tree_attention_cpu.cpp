@@ -1,10 +1,12 @@
 // tree_attention on the CPU, compiled once per instruction set: chooses the kernel for the types at hand.
-#include "core/isa.h"
 #include "tree/tree_attention_cpu.h"
+#include "core/isa.h"
 #include "tree/tree_attention_cpu_f64.h"
 #include "tree/tree_attention_cpu_fma.h"
 #if defined(__AMX_BF16__)
 #include "tree/tree_attention_cpu_amx.h"
+#elif defined(__AVX512BF16__)
+#include "tree/tree_attention_cpu_dot.h"
 #endif
 
 namespace tranche::cpu::TRANCHE_ISA {
@@ -15,7 +17,17 @@ template <class Q, class KV>
 using Kernel = AmxKernel<Q, KV>;
 #else
 template <class Q, class KV>
-using Kernel = FmaKernel<Q, KV>;
+struct Choice {
+  using Kernel = FmaKernel<Q, KV>;
+};
+#if defined(__AVX512BF16__)
+template <class KV>
+struct Choice<bf16, KV> {
+  using Kernel = DotKernel<KV>;
+};
+#endif
+template <class Q, class KV>
+using Kernel = typename Choice<Q, KV>::Kernel;
 #endif
 
 // f(kernel tag) for the types in use; the op has refused all others.

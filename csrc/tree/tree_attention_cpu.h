@@ -27,6 +27,7 @@ constexpr int kBlockTiles = 16;  // tiles in a block at most
 constexpr int kChunk = 256;
 constexpr int kSegment = 2048;
 constexpr float kLog2e = 1.4426950408889634f;
+constexpr double kLog2eF64 = 1.4426950408889634;
 static_assert(kSegment % kChunk == 0 && kLanes % kWidth == 0);
 
 TRANCHE_INLINE int node_count(const TreeAttentionParams& p, int b) {
@@ -326,14 +327,21 @@ TRANCHE_INLINE Vec visible_max(const Chunk& chunk, const Block& block, const Geo
 // A maximum that can be subtracted: 0 where no key has been seen.
 TRANCHE_INLINE Vec finite_max(Vec m) { return vselect(veq(m, vset(-kInf)), vset(0.0f), m); }
 
+// The nearest whole number; from 2^22 on x itself, which is whole or nearly.
+TRANCHE_INLINE Vec whole_number(Vec x) {
+  const Vec magic = vset(12582912.0f);  // 1.5 * 2^23
+  return vselect(vlt(vabs(x), vset(4194304.0f)), vsub(vadd(x, magic), magic), x);
+}
+
 // What weights are taken relative to, given the largest score of a chunk (unscaled): the running maximum, but
 // it follows only rises of more than kSlack powers of two, so that the output is seldom rescaled. A weight is
-// then at most 2^kSlack, which costs no precision. Decided per row. Returns what sum and output must be
+// then at most 2^kSlack, which costs no precision. It is a whole number: rescaling is exact, and so is its
+// share of lse. Decided per row. Returns what sum and output must be
 // multiplied with, exactly 1 where the base stays.
 TRANCHE_INLINE Vec advance_max(float* running, Vec chunk_max, float factor) {
   constexpr float kSlack = 8.0f;
   const Vec old = vload(running), lowest = vset(-kInf);
-  const Vec scaled = vselect(veq(chunk_max, lowest), lowest, vmul(chunk_max, vset(factor)));
+  const Vec scaled = vselect(veq(chunk_max, lowest), lowest, whole_number(vmul(chunk_max, vset(factor))));
   const Vec now = vselect(vlt(vadd(old, vset(kSlack)), scaled), scaled, old);
   vstore(running, now);
   // Before the first key sum and output are 0.
@@ -371,9 +379,8 @@ template <class T>
 static void finish(const TreeAttentionParams& p, const Geometry& g, const Block& block,
                    const Partial& total) {
   const float v_scale = p.v_scale ? p.v_scale[block.head_kv] : 1.0f;
-  const float ln2 = 0.6931471805599453f;
   for (int t = 0; t < block.tiles; ++t) {
-    float weight[kLanes];
+    float factor[kLanes], divisor[kLanes];  // of the accumulated values
     T* row[kLanes];
     const int lanes = least(block.rows - t * kLanes, kLanes);
     for (int lane = 0; lane < lanes; ++lane) {
@@ -381,21 +388,24 @@ static void finish(const TreeAttentionParams& p, const Geometry& g, const Block&
       const int head = block.head_kv * g.group + r % g.group;
       const float m = total.max[t * kLanes + lane], l = total.sum[t * kLanes + lane];
       row[lane] = out_row<T>(p, block.b, node, head);
-      float denominator = l, numerator = 1.0f;
+      double denominator = l, numerator = 1.0;
       if (p.sinks) {
-        const float sink = p.sinks[head] * kLog2e, top = sink > m ? sink : m;
+        const double sink = p.sinks[head] * kLog2eF64, top = sink > m ? sink : m;
         if (top > -kInf) {
-          numerator = m == top ? 1.0f : __builtin_exp2f(m - top);
-          denominator = l * numerator + __builtin_exp2f(sink - top);
+          numerator = __builtin_exp2(m - top);
+          denominator = l * numerator + __builtin_exp2(sink - top);
         }
       }
-      weight[lane] = l == 0.0f ? 0.0f : numerator / denominator * v_scale;
+      factor[lane] = l == 0.0f ? 0.0f : float(numerator * v_scale);
+      divisor[lane] = l == 0.0f ? 1.0f : float(denominator);
+      if constexpr (!__is_same(T, float)) factor[lane] /= divisor[lane];
       if (p.lse) {
-        const float lse = l == 0.0f ? -kInf : m * ln2 + float(__builtin_log(double(l)));
+        const float lse = l == 0.0f ? -kInf : float(m / kLog2eF64 + __builtin_log(double(l)));
         p.lse[(int64_t(block.b) * p.nodes + node) * p.heads_q + head] = lse;
       }
     }
-    // The sum with 0 turns -0 into 0, which is what a row's bits could otherwise depend on.
+    // float32 divides: its rounding is what could be seen. The sum with 0 turns -0 into 0, which is what a
+    // row's bits could otherwise depend on.
     const float* o = total.out + int64_t(t) * g.padded_dim * kLanes;
     for (int d = 0; d < p.head_dim; d += 16) {
       const int width = least(p.head_dim - d, 16);
@@ -407,13 +417,16 @@ static void finish(const TreeAttentionParams& p, const Geometry& g, const Block&
       __m512i rows[16];
       for (int i = 0; i < 16; ++i) rows[i] = a[i];
       for (int lane = 0; lane < lanes; ++lane) {
-        const Vec x = vadd(vmul(_mm512_castsi512_ps(rows[lane]), vset(weight[lane])), vset(0.0f));
-        store16(row[lane] + d, x, width);
+        Vec x = vmul(_mm512_castsi512_ps(rows[lane]), vset(factor[lane]));
+        if constexpr (__is_same(T, float)) x = vdiv(x, vset(divisor[lane]));
+        store16(row[lane] + d, vadd(x, vset(0.0f)), width);
       }
 #else
       for (int lane = 0; lane < lanes; ++lane) {
         for (int i = 0; i < width; ++i) {
-          row[lane][d + i] = from_float<T>(o[(d + i) * kLanes + lane] * weight[lane] + 0.0f);
+          float x = o[(d + i) * kLanes + lane] * factor[lane];
+          if constexpr (__is_same(T, float)) x /= divisor[lane];
+          row[lane][d + i] = from_float<T>(x + 0.0f);
         }
       }
 #endif

@@ -17,17 +17,21 @@ constexpr int kBlockKeys = 4;
 constexpr int kBlockVecs = 3;
 constexpr int kVecsPerTile = kLanes / kWidth;
 
+// Rough cycles, by which the next chunk's rows are fetched meanwhile: of converting a key or a value, and of
+// one element of a head for a vector of rows in both products.
+constexpr float kConvertKey = 20.0f, kProduct = 1.0f;
+
 // Vector v of a block of rows in an array of tiles.
 TRANCHE_INLINE int64_t vec_offset(int v, int64_t tile_stride) {
   return v / kVecsPerTile * tile_stride + v % kVecsPerTile * kWidth;
 }
 
 // scores[v][key] = <q[v], k[key]> for kBlockKeys keys and kVecs vectors of rows from `first` on. Chains of
-// kChain products, added in order: one chain over a long head would round twice as badly as torch's.
+// kChain products, added in order: one chain over a whole head would round twice as badly as torch's.
 template <int kVecs>
 TRANCHE_INLINE void score_block(const float* q, int64_t q_tile, const float* k, int dim, float* scores,
                                 int64_t score_tile, int first) {
-  constexpr int kChain = 64;
+  constexpr int kChain = 16;
   const float* qv[kVecs];
 #pragma GCC unroll 3
   for (int v = 0; v < kVecs; ++v) qv[v] = q + vec_offset(first + v, q_tile);
@@ -151,6 +155,8 @@ class FmaKernel {
   void chunk(const Block& block, const Chunk& chunk, const Partial& result) {
     // Packed without gaps: prefix, then nodes.
     const int keys = chunk.prefix + chunk.nodes;
+    Prefetch& prefetch = *chunk.prefetch;
+    prefetch.expect(float(keys) * (2 * kConvertKey + float(block.tiles * kVecsPerTile * dim_) * kProduct));
     pack(chunk, chunk.k_row, k_);
     pack(chunk, chunk.v_row, v_);
     const int shared = chunk.uniform ? chunk.prefix : 0;
@@ -165,6 +171,7 @@ class FmaKernel {
       const int count = least(vecs - tile * kVecsPerTile, tiles * kVecsPerTile);
       const float* q = q_ + int64_t(tile) * dim_ * kLanes;
       for (int x = 0; x < keys; x += kBlockKeys) {
+        prefetch.work(float(count * kBlockKeys * dim_) * kProduct / 2);
         for_vecs(count, [&](auto vecs_tag, int first) {
           score_block<decltype(vecs_tag)::value>(q, int64_t(dim_) * kLanes, k_ + int64_t(x) * dim_, dim_,
                                                  scores_ + x * kLanes, score_tile_, first);
@@ -179,6 +186,7 @@ class FmaKernel {
         continue;
       }
       for (int d = 0; d < dim_; d += kBlockKeys) {
+        prefetch.work(float(count * kBlockKeys * keys) * kProduct / 2);
         for_vecs(count, [&](auto vecs_tag, int first) {
           value_block<decltype(vecs_tag)::value>(scores_, score_tile_, v_ + d, dim_, keys, out + d * kLanes,
                                                  int64_t(dim_) * kLanes, first);
@@ -204,6 +212,7 @@ class FmaKernel {
     const auto row = [&](const char* from, float* row_to) {
       row_to_float(reinterpret_cast<const KV*>(from), row_to, p_.head_dim);
       for (int d = p_.head_dim; d < dim_; ++d) row_to[d] = 0.0f;
+      chunk.prefetch->work(kConvertKey);
     };
     for (int x = 0; x < chunk.prefix; ++x) row(rows[x], to + int64_t(x) * dim_);
     for (int x = 0; x < chunk.nodes; ++x) row(rows[chunk.padded + x], to + int64_t(chunk.prefix + x) * dim_);

@@ -1,4 +1,6 @@
 // Plans and launches tree_attention: which variant, how many blocks, where partial results go.
+#include <cstdlib>
+
 #include "tree/tree_attention_merge.cuh"
 #include "tree/tree_attention_variants.h"
 
@@ -8,8 +10,12 @@ namespace {
 using Variant = TreeAttentionVariant;
 
 // Two blocks for each of an H200's 132 streaming multiprocessors. More splits than that only add partial
-// results.
-constexpr int64_t kBusyBlocks = 264;
+// results. TRANCHE_TREE_ATTENTION_BLOCKS is for tests, which reach every level of spans with it by short
+// caches: the bits are the same whatever it says.
+int64_t busy_blocks() {
+  const char* blocks = std::getenv("TRANCHE_TREE_ATTENTION_BLOCKS");
+  return blocks == nullptr ? 264 : std::atoll(blocks);
+}
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -51,14 +57,20 @@ Plan make_plan(const TreeAttentionParams& p) {
   // A single node is its own path, and its slot is its position.
   l.p.exact = p.exact && p.nodes > 1;
   if (p.num_pages == 0) l.p.capacity = 0;  // a block table without pages holds nothing
-  const double base_2 = double(p.scale) * 1.4426950408889634;
-  l.score_factor = float(p.softcap > 0 ? 2.0 * base_2 / p.softcap : base_2);
+  // Natural for float32, to base 2 otherwise: see ScoreMap.
+  const bool natural = p.q_type == DType::f32;
+  const double base_2 = p.scale_f64 * 1.4426950408889634;
+  if (p.softcap > 0) {
+    l.score_factor = float((natural ? p.scale_f64 : 2.0 * base_2) / p.softcap);
+  } else {
+    l.score_factor = float(natural ? p.scale_f64 : base_2);
+  }
   l.group = p.heads_q / p.heads_kv;
   l.rows = p.nodes * l.group;
   plan.variant = choose(p, l.rows);
   l.row_blocks = int32_t(ceil_div(l.rows, plan.variant.rows));
   const int64_t chunks = ceil_div(l.p.capacity, kChunkSlots);
-  const int64_t busy = kBusyBlocks / (int64_t(p.batch) * p.heads_kv * l.row_blocks);
+  const int64_t busy = busy_blocks() / (int64_t(p.batch) * p.heads_kv * l.row_blocks);
   l.splits = int32_t(busy < 1 || chunks < 1 ? 1 : busy < chunks ? busy : chunks);
   const int64_t segments = ceil_div(chunks, kSegmentChunks);
   l.slots = int32_t(l.splits == 1 ? 1 : segments > l.splits ? segments : l.splits);
@@ -83,9 +95,10 @@ Plan make_plan(const TreeAttentionParams& p) {
 template <class T>
 void launch_merge(const TreeAttentionLaunch& l, void* stream) {
   const int64_t threads = int64_t(l.rows) * (l.p.head_dim / 4);
-  const dim3 grid(unsigned(ceil_div(threads, MergeTraits::kThreads)), unsigned(l.p.heads_kv),
+  const dim3 grid(unsigned(ceil_div(threads, MergeTraits<false>::kThreads)), unsigned(l.p.heads_kv),
                   unsigned(l.p.batch));
-  launch("tree_attention_merge", tree_attention_merge<T>, {grid, dim3(MergeTraits::kThreads)}, stream, l);
+  launch("tree_attention_merge", tree_attention_merge<T>, {grid, dim3(MergeTraits<false>::kThreads)}, stream,
+         l);
 }
 
 }  // namespace

@@ -34,6 +34,7 @@ struct FfmaTraits {
   static constexpr int kVectors = kThreadRows * kColumns;
   static constexpr int kRows = kThreadRows;
   static constexpr bool kWideVectors = true;
+  static constexpr bool kNatural = true;
   static constexpr TRANCHE_HD int row_of(int v, int) { return v / kColumns; }
 
   static_assert(kDim % 64 == 0 && kTile % kRowThreads == 0 && kRows % 2 == 0);
@@ -173,7 +174,7 @@ class FfmaEngine {
       for (int lanes = 1; lanes < Traits::kRowThreads; lanes *= 2) {
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, lanes));
       }
-      const float rescale = chunk.m[r] == top ? 1.0f : ptx::exp2_approx(chunk.m[r] - top);
+      const float rescale = chunk.m[r] == top ? 1.0f : weight_of<true>(chunk.m[r] - top);
       const float base = top == kMinusInfinity ? 0.0f : top;
       chunk.m[r] = top;
       chunk.l[r] = ptx::mul(chunk.l[r], rescale);
@@ -188,7 +189,7 @@ class FfmaEngine {
 #pragma unroll
       for (int j = 0; j < Traits::kKeys; ++j) {
         weights_[local_row(r) * Traits::kWeightFloats + part() + j * Traits::kRowThreads] =
-            ptx::exp2_approx(s[j] - base);
+            weight_of<true>(s[j] - base);
       }
     }
   }
@@ -222,7 +223,7 @@ class FfmaEngine {
   }
 
   const Block& block_;
-  ScoreMap map_;
+  ScoreMap<true> map_;
   float* queries_;
   float* weights_;
 };

@@ -6,16 +6,19 @@
 
 namespace tranche {
 
+template <bool kNatural_>
 struct MergeTraits {
+  static constexpr bool kNatural = kNatural_;
   static constexpr int kThreads = 128;
   static constexpr int kPrefetch = 8;  // partial results in flight: each is a trip to L2
   static constexpr int kVectors = 1, kRows = 1;
   static constexpr TRANCHE_HD int row_of(int, int) { return 0; }
 };
 
+template <class Traits>
 class PartialMerger {
  public:
-  using Part = State<MergeTraits>;
+  using Part = State<Traits>;
 
   __device__ __forceinline__ PartialMerger(const TreeAttentionLaunch& plan, int b, int h, int row, int column)
       : plan_(plan), b_(b), h_(h), row_(row), column_(column) {
@@ -26,7 +29,7 @@ class PartialMerger {
 
   // Slots [slot, slot + count): spans first_span... of the level's size.
   __device__ __forceinline__ void add(int slot, int count, int level, int first_span) {
-    constexpr int kPrefetch = MergeTraits::kPrefetch;
+    constexpr int kPrefetch = Traits::kPrefetch;
     for (int begin = 0; begin < count; begin += kPrefetch) {
       Part parts[kPrefetch];
 #pragma unroll
@@ -99,20 +102,21 @@ class PartialMerger {
 };
 
 template <class T>
-__global__ void __launch_bounds__(MergeTraits::kThreads)
+__global__ void __launch_bounds__(MergeTraits<false>::kThreads)
     tree_attention_merge(const __grid_constant__ TreeAttentionLaunch plan) {
+  using Traits = MergeTraits<sizeof(T) == 4>;
   const TreeAttentionParams& p = plan.p;
   const int b = int(blockIdx.z), h = int(blockIdx.y);
   const Sequence sequence(plan, b);
   if (sequence.direct) return;
   const int threads_per_row = p.head_dim / 4;
-  const int64_t index = int64_t(blockIdx.x) * MergeTraits::kThreads + threadIdx.x;
+  const int64_t index = int64_t(blockIdx.x) * Traits::kThreads + threadIdx.x;
   if (index >= int64_t(plan.rows) * threads_per_row) return;
   const int row = int(index / threads_per_row), column = int(index % threads_per_row) * 4;
   const int node = row / plan.group;
   T* out = out_row<T>(plan, b, h, row) + column;
 
-  PartialMerger merger(plan, b, h, row, column);
+  PartialMerger<Traits> merger(plan, b, h, row, column);
   if (node < sequence.nodes) {
     const bool open = sequence.open(plan);
     merger.add(0, sequence.spans - (open ? 1 : 0), sequence.level, sequence.first_span);
@@ -127,14 +131,10 @@ __global__ void __launch_bounds__(MergeTraits::kThreads)
                  first);
     }
   }
-  const State<MergeTraits>& total = merger.finish();
-  const float factor = finish_row(plan, b, h, row, total.m[0], total.l[0], column == 0);
-  const bool seen = total.l[0] != 0.0f;
+  const State<Traits>& total = merger.finish();
+  const auto end = finish_row<Traits::kNatural>(plan, b, h, row, total.m[0], total.l[0], column == 0);
 #pragma unroll
-  for (int e = 0; e < 4; e += 2) {
-    store_pair<T>(plan, out + e, seen ? ptx::mul(total.acc[0][e], factor) : 0.0f,
-                  seen ? ptx::mul(total.acc[0][e + 1], factor) : 0.0f);
-  }
+  for (int e = 0; e < 4; e += 2) store_pair<T>(plan, out + e, end(total.acc[0][e]), end(total.acc[0][e + 1]));
 }
 
 }  // namespace tranche

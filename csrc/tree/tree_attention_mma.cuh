@@ -35,6 +35,7 @@ struct MmaTraits {
   // Layout of State.
   static constexpr int kVectors = kDim / kColumnWarps / 8;
   static constexpr int kRows = 2;
+  static constexpr bool kNatural = false;
   static constexpr bool kWideVectors = false;  // acc[v][0..1] and acc[v][2..3]: two columns of two rows
   static constexpr TRANCHE_HD int row_of(int, int e) { return e / 2; }
 
@@ -110,13 +111,15 @@ class MmaEngine {
 
   __device__ __forceinline__ void begin_chunk() {
     chunk.clear();
-#pragma unroll
-    for (int e = 0; e < 4; ++e) sum_[e] = 0.0f;
+    sum_[0] = sum_[1] = 0.0f;
   }
 
   __device__ __forceinline__ void end_chunk() {
-    chunk.l[0] = sum_[0];
-    chunk.l[1] = sum_[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float pair = sum_[i] + __shfl_xor_sync(0xffffffffu, sum_[i], 1);
+      chunk.l[i] = pair + __shfl_xor_sync(0xffffffffu, pair, 2);
+    }
   }
 
   // `full`: every row sees every key.
@@ -372,8 +375,7 @@ class MmaEngine {
       const float rescale = chunk.m[i] == top[i] ? 1.0f : ptx::exp2_approx(chunk.m[i] - top[i]);
       chunk.m[i] = top[i];
       base[i] = top[i] == kMinusInfinity ? 0.0f : top[i];
-      sum_[2 * i] = ptx::mul(sum_[2 * i], rescale);
-      sum_[2 * i + 1] = ptx::mul(sum_[2 * i + 1], rescale);
+      sum_[i] = ptx::mul(sum_[i], rescale);
 #pragma unroll
       for (int v = 0; v < Traits::kVectors; ++v) {
         chunk.acc[v][2 * i] = ptx::mul(chunk.acc[v][2 * i], rescale);
@@ -383,13 +385,15 @@ class MmaEngine {
 #pragma unroll
     for (int j = 0; j < kScoreGroups; ++j) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s[j][e] = ptx::exp2_approx(s[j][e] - base[e / 2]);
+      for (int e = 0; e < 4; ++e) {
+        s[j][e] = ptx::exp2_approx(s[j][e] - base[e / 2]);
+        sum_[e / 2] += s[j][e];
+      }
     }
   }
 
-  // P V, and P 1: the sum of the weights as rounded, in the order of the values.
+  // P V.
   __device__ __forceinline__ void accumulate(unsigned char* values, const float (&p)[kScoreGroups][4]) {
-    const uint32_t one = ptx::pack<T>(1.0f, 1.0f);
     const int own = ptx::opaque(lane());
     const int row = own / 8 % 2 * 8 + own % 8;
     const int first_unit = first_column() / 8 + own / 16;
@@ -399,7 +403,6 @@ class MmaEngine {
       const float (&right)[4] = p[2 * group + 1];
       const uint32_t weights[4] = {ptx::pack<T>(left[0], left[1]), ptx::pack<T>(left[2], left[3]),
                                    ptx::pack<T>(right[0], right[1]), ptx::pack<T>(right[2], right[3])};
-      ptx::mma_m16n8k16<T>(sum_, weights, {one, one});
 #pragma unroll
       for (int v = 0; v < Traits::kVectors; v += 2) {
         uint32_t x[4];
@@ -411,12 +414,12 @@ class MmaEngine {
   }
 
   const Block& block_;
-  ScoreMap map_;
+  ScoreMap<false> map_;
   int warp_;
   uint32_t* bad_rows_;
   int parity_ = 0;
   bool working_;
-  float sum_[4];
+  float sum_[2];  // of this lane's weights, in the order of its keys, before they are rounded
   unsigned char* query_tile_;
   uint32_t queries_[Traits::kQueriesInShared ? 1 : kSteps][4];
 };

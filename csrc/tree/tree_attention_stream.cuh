@@ -180,12 +180,11 @@ class Stream {
       const int row = ptx::opaque(engine_.row(r));
       if (row >= block_.end_row) continue;
       const float sum = block_.in_use(row) ? engine_.chunk.l[r] : 0.0f;  // rows past n_nodes give zeros
-      const float factor =
-          finish_row(plan, block_.b, block_.h, row, engine_.chunk.m[r], sum, engine_.writes_stats());
+      const auto row_end = finish_row<Traits::kNatural>(plan, block_.b, block_.h, row, engine_.chunk.m[r],
+                                                        sum, engine_.writes_stats());
       T* out = out_row<T>(plan, block_.b, block_.h, row);
       for_each_pair(r, [&](int column, float x, float y) {
-        store_pair<T>(plan, out + column, sum != 0.0f ? ptx::mul(x, factor) : 0.0f,
-                      sum != 0.0f ? ptx::mul(y, factor) : 0.0f);
+        store_pair<T>(plan, out + column, row_end(x), row_end(y));
       });
     }
   }

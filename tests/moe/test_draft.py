@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from tests.moe.cases import FLOATS, assert_same_bits, judge, make_head
+from tests.sim.simulator import runtime
 from tranche.moe import draft_moe, draft_moe_star, reference
+from tranche.testing import use_simulator
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -54,6 +56,19 @@ def test_every_number_of_launches(backend, dtype, variant, experts):
     part = draft_moe(head.x[few], *head.tensors()[1:], contrast=True, **options)
     for a, b in zip(part, outputs, strict=True):
         assert_same_bits(a, b[few])
+
+
+def test_launches():
+    """Two kernels where both experts are chosen, three where the gate must choose first."""
+
+    def launches(head):
+        before = runtime().counters().launches
+        with use_simulator():
+            head.run(contrast=True)
+        return runtime().counters().launches - before
+
+    assert launches(make_head(17, tokens=20)) == 2
+    assert launches(make_head(17, tokens=20, experts=4, variant="topk")) == 3
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

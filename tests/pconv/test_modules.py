@@ -61,7 +61,9 @@ def test_what_is_not_a_partial_convolution_stays():
     odd.partial_conv3 = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
     named = SplitCat(16)
     named.partial_conv3.padding = "same"
-    assert replace_partial_convs(nn.Sequential(odd, named, nn.Conv2d(4, 4, 3))) == 0
+    attending = SplitCat(16)
+    attending.attn, attending.norm = nn.Identity(), nn.BatchNorm2d(12)
+    assert replace_partial_convs(nn.Sequential(odd, named, attending, nn.Conv2d(4, 4, 3))) == 0
 
 
 def test_bad_arguments():

@@ -419,6 +419,24 @@ def test_paths_that_are_none(backend, monkeypatch):
         monkeypatch.delenv("TRANCHE_CHECK", raising=False)
 
 
+@pytest.mark.parametrize("wrong", [-1, -(2**31), 11, 2**20, 2**31 - 1])
+def test_a_length_outside_the_cache_breaks_its_own_sequence_alone(backend, monkeypatch, wrong):
+    device = backend.device
+    caches = [make_cache((3, 10, 2, 8), torch.float32).to(device)]
+    want, want_seqlens = [copy_of(cache) for cache in caches], lengths(4, 4, 4, device=device)
+    accepted = accept([[0, 2, 5]] * 3, 6, device)
+    reference.compact_cache_(want, accepted, want_seqlens)
+    seqlens = lengths(4, wrong, 4, device=device)
+    if backend.name != "cpu":
+        compact_cache_(caches, accepted, seqlens)
+        assert seqlens[[0, 2]].tolist() == want_seqlens[[0, 2]].tolist()
+        assert torch.equal(caches[0][[0, 2]], want[0][[0, 2]])
+        seqlens = lengths(4, wrong, 4, device=device)
+        monkeypatch.setenv("TRANCHE_CHECK", "1")
+    with pytest.raises(IndexError, match=rf"cache_seqlens\[1\] in \[0, 10\], got {wrong}\."):
+        compact_cache_(caches, accepted, seqlens)
+
+
 def test_pages_that_do_not_exist(backend):
     device = backend.device
     caches = [make_cache((3, 4, 1, 8), torch.float32).to(device)]

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.tree.cases import random_parents
-from tranche.tree import Tree
+from tranche.tree import Accepted, Tree
 from tranche.tree.transformers import TreeCache, evaluate, prefill
 
 
@@ -90,3 +90,30 @@ def test_a_model_called_without_a_tree(source):
     model = make_model("tranche_tree")
     with pytest.raises(ValueError, match="expected the model's keyword arguments tree and cache_seqlens"):
         model(source[None, :4])
+
+
+@torch.inference_mode()
+def test_a_committed_path_is_as_if_it_had_been_the_prompt(backend, source):
+    """`TreeCache.commit_`, of paths of different lengths: what follows is what follows the same text as a prompt."""
+    length, nodes = backend.pick((60, 12), (20, 6))
+    model = make_model("tranche_tree").to(backend.device)
+    prompts = torch.stack([source[100:][:length], source[4000:][:length]]).to(backend.device)
+    cache = TreeCache(model, batch=2, capacity=length + 2 * nodes)
+    prefill(model, cache, prompts)
+    tokens = torch.stack([source[9000:][:nodes], source[500:][:nodes]]).to(backend.device)
+    tree = Tree.from_parent(random_parents(2, nodes, "deep").to(backend.device))
+    evaluate(model, cache, tokens, tree)
+    paths = [path_to(tree.parent[0].tolist(), nodes - 1), [0]]  # the deepest numbering, and the root alone
+    path = torch.full((2, nodes), -1, dtype=torch.int32, device=backend.device)
+    for b, row in enumerate(paths):
+        path[b, : len(row)] = torch.tensor(row, dtype=torch.int32)
+    lengths = torch.tensor([len(row) - 1 for row in paths], dtype=torch.int32, device=backend.device)
+    cache.commit_(Accepted(path, lengths, torch.zeros(2, dtype=torch.int64, device=backend.device)))
+    assert cache.seqlens.tolist() == [length + len(row) for row in paths]
+
+    follow = torch.tensor([[65], [66]], device=backend.device)
+    got = evaluate(model, cache, follow, Tree.chain(1, 2, backend.device))[:, 0]
+    for b, row in enumerate(paths):
+        text = torch.cat([prompts[b], tokens[b, row], follow[b]])[None]
+        fresh = TreeCache(model, batch=1, capacity=text.size(1))
+        torch.testing.assert_close(got[b], prefill(model, fresh, text)[0], rtol=1e-4, atol=1e-4)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.tree.cases import assert_same_bits, make_case
+from tests.tree.cases import assert_correct, assert_same_bits, make_case
 from tranche.tree import Tree
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -116,6 +116,38 @@ def committed(case, b, node):
     seqlens = torch.tensor([length + depth], dtype=torch.int32, device=case.q.device)
     tree = Tree.chain(1, device=case.q.device)
     return replace(case, q=case.q[b : b + 1, node : node + 1], k=k, v=v, seqlens=seqlens, tree=tree)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("length", "blocks"),
+    [
+        (700, (1, 2)),  # the sequence, chunks in turn
+        (1100, (1, 2)),  # the sequence, quads of which the last is open
+        (4200, (1, 2, 5)),  # the sequence, segments, quads
+    ],
+)
+def test_how_a_launch_is_cut_does_not_show(backend, monkeypatch, dtype, length, blocks):
+    """On CUDA a block owns a chunk, a quad, a segment or the sequence: a launch of fewer blocks takes longer spans."""
+    for options in ({}, {"exact": True}, {"window": 600}):
+        case = make_case(
+            7,
+            nodes=3,
+            lengths=(length,),
+            heads=(2, 1),
+            head_dim=32,
+            dtype=dtype,
+            device=backend.device,
+            **options,
+        )
+        monkeypatch.setenv("TRANCHE_TREE_ATTENTION_BLOCKS", "1000")  # a block per chunk
+        out, lse = case.run(return_lse=True)
+        assert_correct(case)
+        for target in blocks:
+            monkeypatch.setenv("TRANCHE_TREE_ATTENTION_BLOCKS", str(target))
+            other, other_lse = case.run(return_lse=True)
+            assert_same_bits(out, other)
+            assert_same_bits(lse, other_lse)
 
 
 def count_differences(case, rows):

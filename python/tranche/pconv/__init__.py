@@ -1,7 +1,54 @@
 """Partial-channel convolution: some channels are convolved, the others pass through without copies."""
 
-from tranche.pconv import autograd as autograd
-from tranche.pconv.modules import PartialConv, replace_partial_convs
-from tranche.pconv.ops import conv2d_slice, partial_conv2d, partial_conv2d_
+import importlib
+import sys
 
-__all__ = ["PartialConv", "conv2d_slice", "partial_conv2d", "partial_conv2d_", "replace_partial_convs"]
+from tranche.pconv import autograd as autograd
+from tranche.pconv import flops as flops
+from tranche.pconv.attention import PATChannel, PATSelf, PATSpatial
+from tranche.pconv.dynamic import DPConv, freeze, order_loss, resource_at, resource_penalty
+from tranche.pconv.export import export_onnx
+from tranche.pconv.fold import fold
+from tranche.pconv.modules import PartialConv, replace_partial_convs
+from tranche.pconv.ops import channel_stats, conv2d_slice, partial_conv2d, partial_conv2d_, partial_mlp
+from tranche.pconv.partialnet import (
+    PartialBlock,
+    PartialNet,
+    partialnet_l,
+    partialnet_m,
+    partialnet_s,
+    partialnet_t0,
+    partialnet_t1,
+    partialnet_t2,
+)
+
+__all__ = [
+    "DPConv",
+    "PATChannel",
+    "PATSelf",
+    "PATSpatial",
+    "PartialBlock",
+    "PartialConv",
+    "PartialNet",
+    "channel_stats",
+    "conv2d_slice",
+    "export_onnx",
+    "fold",
+    "freeze",
+    "order_loss",
+    "partial_conv2d",
+    "partial_conv2d_",
+    "partial_mlp",
+    "partialnet_l",
+    "partialnet_m",
+    "partialnet_s",
+    "partialnet_t0",
+    "partialnet_t1",
+    "partialnet_t2",
+    "replace_partial_convs",
+    "resource_at",
+    "resource_penalty",
+]
+
+if "timm" in sys.modules:
+    importlib.import_module("tranche.pconv.timm")

@@ -99,6 +99,97 @@ def _register_conv2d_slice(namespace: str) -> None:
     torch.library.register_autograd(f"{namespace}::conv2d_slice", backward, setup_context=_save)
 
 
+def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, conv_weight, w1, b1, w2, _, ctx.activation, gate, spatial_weight, spatial_bias, ctx.residual = inputs
+    ctx.save_for_backward(x, conv_weight, w1, b1, w2, gate, spatial_weight, spatial_bias)
+
+
+def _activated(activation: int, a: Tensor, grad: Tensor | None) -> Tensor:
+    """The activation of a, or its gradient."""
+    if activation == 0:
+        return F.relu(a) if grad is None else grad * (a > 0)
+    return F.gelu(a) if grad is None else torch.ops.aten.gelu_backward(grad, a)
+
+
+def _register_partial_mlp(namespace: str) -> None:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, conv_weight, w1, b1, w2, gate, spatial_weight, spatial_bias = ctx.saved_tensors
+        conv = getattr(torch.ops, namespace).conv2d_slice
+        width, channels = conv_weight.size(0), x.size(1)
+        geometry = [1, 1], [1, 1], [1, 1], 1, 0
+
+        # the forward pass again, pixels [B, H, W, channels]
+        pixels, out_grad = x.movedim(1, -1), grad.movedim(1, -1)
+        kept = pixels[..., width:]
+        factor = None if gate is None else gate[:, None, None, :]
+        mixed = conv(x, conv_weight, None, *geometry).movedim(1, -1)
+        u = torch.cat([mixed, kept if factor is None else kept * factor], dim=-1)
+        first, second = w1.flatten(1), w2.flatten(1)
+        raised = u @ first.mT + b1
+        h = _activated(ctx.activation, raised, None)
+
+        o_grad, h_extra, spatial_grad, bias_grad = out_grad, None, None, None
+        if spatial_weight is not None:
+            score = h @ spatial_weight
+            if spatial_bias is not None:
+                score = score + spatial_bias
+            scaled = channels - channels // 2
+            lower = out_grad[..., :scaled]
+            o_grad = torch.cat([lower * F.hardsigmoid(score)[..., None], out_grad[..., scaled:]], dim=-1)
+            scale_grad = (lower * (h @ second[:scaled].mT)).sum(-1)
+            score_grad = scale_grad * ((score > -3) & (score < 3)) / 6
+            h_extra = score_grad[..., None] * spatial_weight
+            spatial_grad = torch.einsum("bij,bijm->m", score_grad, h)
+            bias_grad = None if spatial_bias is None else score_grad.sum().view(1)
+        h_grad = o_grad @ second
+        if h_extra is not None:
+            h_grad = h_grad + h_extra
+        raised_grad = _activated(ctx.activation, raised, h_grad)
+        u_grad = raised_grad @ first
+        mixed_grad, kept_grad = u_grad[..., :width].movedim(-1, 1), u_grad[..., width:]
+        x_grad = conv(mixed_grad, _rotated(conv_weight, 1), None, *geometry)
+        through = (kept_grad if factor is None else kept_grad * factor).movedim(-1, 1)
+        x_grad = torch.cat([x_grad, through], dim=1)
+        _, conv_grad, _ = torch.ops.aten.convolution_backward(
+            mixed_grad, x[:, :width], conv_weight, None, *geometry[:3], False, [0, 0], 1, [False, True, False]
+        )
+        return (
+            x_grad + grad if ctx.residual else x_grad,
+            conv_grad,
+            torch.einsum("bijm,bijc->mc", raised_grad, u).view_as(w1),
+            raised_grad.sum((0, 1, 2)),
+            torch.einsum("bijc,bijm->cm", o_grad, h).view_as(w2),
+            grad.sum((0, 2, 3)),
+            None,
+            None if gate is None else (kept_grad * kept).sum((1, 2)),
+            spatial_grad,
+            bias_grad,
+            None,
+        )
+
+    torch.library.register_autograd(f"{namespace}::partial_mlp", backward, setup_context=_save_mlp)
+
+
+def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, ctx.start = inputs
+    ctx.save_for_backward(x, *output)
+
+
+def _stats_backward(ctx: Any, grad_mean: Tensor, grad_std: Tensor) -> tuple[Tensor, None]:
+    x, mean, std = ctx.saved_tensors
+    pixels = x.size(2) * x.size(3)
+    part = x[:, ctx.start :]
+    # a constant channel's deviation has no slope to speak of: torch says 0 there, and so do we
+    slope = (grad_std / std).masked_fill(std == 0, 0) / (pixels - 1) if pixels > 1 else grad_std / 0.0
+    apart = part - mean[:, :, None, None]
+    grad = grad_mean[:, :, None, None] / pixels + slope[:, :, None, None] * apart
+    return F.pad(grad, (0, 0, 0, 0, ctx.start, 0)), None
+
+
 for _namespace in _library.NAMESPACES:
+    _register_partial_mlp(_namespace)
+    torch.library.register_autograd(
+        f"{_namespace}::channel_stats", _stats_backward, setup_context=_save_stats
+    )
     _register_partial_conv2d(_namespace)
     _register_conv2d_slice(_namespace)

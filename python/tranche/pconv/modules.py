@@ -55,15 +55,18 @@ class PartialConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to the same shape and memory format."""
-        conv = self.partial_conv3
+        conv: Any = self.partial_conv3
         return partial_conv2d(
             x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
         )
 
 
 def _is_split_cat(module: nn.Module) -> bool:
-    """Whether this is FasterNet's or timm's Partial_conv3: known by its attributes, whatever its class's name."""
-    conv = getattr(module, "partial_conv3", None)
+    """Whether this is FasterNet's or timm's Partial_conv3: known by its attributes, whatever its class's name.
+
+    PartialNet's has the same attributes, and attention besides: it is another thing.
+    """
+    conv: Any = getattr(module, "partial_conv3", None)
     if isinstance(module, PartialConv) or type(conv) is not nn.Conv2d or isinstance(conv.padding, str):
         return False
     sizes = (getattr(module, "dim_conv3", None), getattr(module, "dim_untouched", None))
@@ -74,6 +77,7 @@ def _is_split_cat(module: nn.Module) -> bool:
         all(isinstance(size, int) for size in sizes)
         and conv.in_channels == conv.out_channels == sizes[0]
         and conv.padding_mode == "zeros"
+        and list(module.children()) == [conv]
         and keeps_size
     )
 
@@ -88,6 +92,7 @@ def replace_partial_convs(model: nn.Module) -> int:
         How many were swapped.
     """
     swapped = 0
+    child: Any
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if not _is_split_cat(child):

@@ -100,7 +100,104 @@ def conv2d_slice(
     )
 
 
+ACTIVATIONS = {"relu": 0, "gelu": 1}
+
+
+def partial_mlp(
+    x: Tensor,
+    conv_weight: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    activation: str = "relu",
+    gate: Tensor | None = None,
+    spatial_weight: Tensor | None = None,
+    spatial_bias: Tensor | None = None,
+    residual: bool = True,
+) -> Tensor:
+    """A whole block of FasterNet (arXiv 2303.03667) or PartialNet, its normalisations folded in by the caller.
+
+    With u = [conv3x3(x[:, :c]), gate * x[:, c:]] and h = activation(w1 u + b1) at each pixel, and o = w2 h whose first
+    C - C // 2 channels are multiplied by hardsigmoid(spatial_weight . h + spatial_bias) if that is given:
+    y = o + b2, plus x with `residual`.
+
+    Args:
+        x: [B, C, H, W], any strides; float32, float16 or bfloat16 (float64 on the CPU). Sums are float32 (float64).
+        conv_weight: [c, c, 3, 3] of the first c channels, like all tensors of the dtype of x; padding is 1.
+        w1: [M, C] or [M, C, 1, 1].
+        b1: [M].
+        w2: [C, M] or [C, M, 1, 1].
+        b2: [C], added after the spatial gate.
+        activation: "relu" or "gelu" (by erf).
+        gate: [B, C - c], a factor of each untouched channel: PAT_ch.
+        spatial_weight: [M]: PAT_sp.
+        spatial_bias: [1].
+        residual: whether x is added.
+
+    Returns:
+        [B, C, H, W] in the memory format of x. bfloat16 rounds u and h to bfloat16 where the processor multiplies
+        that, and so does CUDA. Differentiable, twice too, by torch's matmuls.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or activation.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"tranche.partial_mlp: expected activation in {list(ACTIVATIONS)}, got {activation!r}. "
+            "Other activations are not fused."
+        )
+    code = ACTIVATIONS[activation]
+    return _library.ops().partial_mlp(
+        x, conv_weight, w1, b1, w2, b2, code, gate, spatial_weight, spatial_bias, residual
+    )
+
+
+def channel_stats(x: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over the pixels of each channel from `start` on, for PAT_ch's gate.
+
+    Computed in float32 (float64) by merging the moments of fixed chunks (Chan, Golub and LeVeque): deterministic, and
+    without the cancellation of E[x^2] - E[x]^2.
+
+    Args:
+        x: [B, C, H, W], any strides; float32, float16 or bfloat16 (float64 on the CPU).
+        start: the first channel, 0..C.
+
+    Returns:
+        (mean, std), each [B, C - start] of the dtype of x. std is unbiased: NaN for images of one pixel.
+        Differentiable, twice too.
+
+    Raises:
+        ValueError: a wrong shape, dtype or start.
+    """
+    return _library.ops().channel_stats(x, start)
+
+
 _library.register_inplace("partial_conv2d_")
+
+
+@_library.register_fake("partial_mlp")
+def _(
+    x: Tensor,
+    conv_weight: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    activation: int = 0,
+    gate: Tensor | None = None,
+    spatial_weight: Tensor | None = None,
+    spatial_bias: Tensor | None = None,
+    residual: bool = True,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_library.register_fake("channel_stats")
+def _(x: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    shape = (x.size(0), x.size(1) - start)
+    return x.new_empty(shape), x.new_empty(shape)
 
 
 @_library.register_fake("partial_conv2d")

@@ -1,0 +1,94 @@
+#include "pconv/partial_mlp_mma.cuh"
+
+namespace tranche::cuda {
+namespace {
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Parts of the workspace, in bytes: the convolution's results, the hidden ones, the convolution's own.
+struct Space {
+  int64_t convolved_stride, hidden_stride;  // elements, whole units of 16 bytes
+  int64_t hidden, conv, bytes;
+
+  explicit Space(const PartialMlpParams& p) {
+    const int64_t pixels = p.batch * p.height * p.width, size = p.type == DType::f32 ? 4 : 2;
+    convolved_stride = round_up(p.convolved, kUnit);
+    hidden_stride = round_up(p.hidden, kUnit);
+    hidden = round_up(pixels * convolved_stride * size, 256);
+    conv = hidden + round_up(pixels * hidden_stride * size, 256);
+    bytes = conv + int64_t(partial_conv2d_workspace(convolution_of(p)));
+  }
+};
+
+template <class T, bool kSecond>
+void run_layer(const PartialMlpLayerParams& layer, void* stream) {
+  const PartialMlpParams& p = layer.mlp;
+  const int64_t pixels = p.batch * p.height * p.width, outputs = kSecond ? p.channels : p.hidden;
+  const char* name = kSecond ? "partial_mlp_second" : "partial_mlp_first";
+  const auto shape = [&](int block_pixels, int block_outputs, int threads, size_t shared) {
+    const int64_t blocks = (pixels + block_pixels - 1) / block_pixels;
+    if (blocks > INT32_MAX) throw std::runtime_error("tranche: partial_mlp: more than 2^31 - 1 blocks");
+    const unsigned tiles = unsigned((outputs + block_outputs - 1) / block_outputs);
+    return LaunchShape{dim3(unsigned(blocks), tiles), dim3(unsigned(threads)), shared};
+  };
+  if constexpr (sizeof(T) == 2) {
+    const auto with = [&](auto traits) {
+      using Traits = decltype(traits);
+      launch(name, partial_mlp_mma_kernel<T, kSecond, Traits>,
+             shape(Traits::kPixels, Traits::kOutputs, Traits::kThreads, 2 * Traits::kStage * sizeof(uint4)),
+             stream, layer);
+    };
+    if constexpr (kSecond) {
+      if (p.spatial_weight != nullptr) return with(PartialMlpMmaTraits<true>());
+    }
+    with(PartialMlpMmaTraits<false>());
+  } else {
+    using Traits = PartialMlpTraits;
+    launch(name, partial_mlp_layer_kernel<T, kSecond>,
+           shape(Traits::kPixels, Traits::kOutputs, Traits::kThreads, 0), stream, layer);
+  }
+}
+
+template <class T>
+void run(const PartialMlpParams& p, void* stream) {
+  const Space space(p);
+  char* workspace = static_cast<char*>(p.workspace);
+  PartialMlpLayerParams layer{};
+  layer.mlp = p;
+  layer.convolved = workspace;
+  layer.hidden = workspace + space.hidden;
+  layer.convolved_stride = space.convolved_stride;
+  layer.hidden_stride = space.hidden_stride;
+  layer.dense = p.x_stride[1] == 1 && p.x_stride[0] % kUnit == 0 && p.x_stride[2] % kUnit == 0 &&
+                p.x_stride[3] % kUnit == 0 && reinterpret_cast<uintptr_t>(p.x) % 16 == 0;
+
+  PartialConv2dParams conv = convolution_of(p);
+  conv.y = workspace;
+  conv.workspace = workspace + space.conv;
+  conv.y_stride[1] = 1;
+  conv.y_stride[3] = space.convolved_stride;
+  conv.y_stride[2] = p.width * conv.y_stride[3];
+  conv.y_stride[0] = p.height * conv.y_stride[2];
+  partial_conv2d(conv, stream);
+  run_layer<T, false>(layer, stream);
+  run_layer<T, true>(layer, stream);
+}
+
+}  // namespace
+
+size_t partial_mlp_workspace(const PartialMlpParams& p) { return size_t(Space(p).bytes); }
+
+void partial_mlp(const PartialMlpParams& p, void* stream) {
+  switch (p.type) {
+    case DType::f32:
+      return run<float>(p, stream);
+    case DType::f16:
+      return run<half>(p, stream);
+    case DType::bf16:
+      return run<bf16>(p, stream);
+    default:
+      throw std::runtime_error("tranche: partial_mlp: expected f32, f16 or bf16");
+  }
+}
+
+}  // namespace tranche::cuda

@@ -1,0 +1,251 @@
+"""PartialNet for inference: batch norms and gates folded into the weights, a block one call of `partial_mlp`.
+
+With h the hidden pixels, s and t the scale and shift of a batch norm in evaluation:
+
+    BN1(W1 cat(v, s x2 g + t)) = s1 W1 cat(v, s g x2) + (s1 W1b t + t1)          v = conv(x1), g per image and channel
+    cat(BN(a q), W_c BN2(b)) = cat(q s W2a h, W_c s2 W2b h) + cat(t, W_c t2)      q = hardsigmoid(w_a W2a h) per pixel
+
+All of it is computed in float64 and rounded once.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tranche.pconv.attention import PATChannel, PATSelf, PATSpatial, StyleGate
+from tranche.pconv.dynamic import DPConv
+from tranche.pconv.modules import PartialConv
+from tranche.pconv.ops import channel_stats, conv2d_slice, partial_mlp
+from tranche.pconv.partialnet import PartialBlock, PatchEmbed, PatchMerging
+
+
+def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a batch norm in evaluation, float64."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.double()
+
+
+def _conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """A convolution with bias that is the two together."""
+    scale, shift = _affine(norm)
+    folded = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        conv.stride,  # type: ignore[arg-type]
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
+    folded.weight.copy_(conv.weight.double() * scale[:, None, None, None])
+    assert folded.bias is not None
+    folded.bias.copy_(shift if conv.bias is None else shift + scale * conv.bias.double())
+    return folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+class FoldedGate(nn.Module):
+    """hardsigmoid(W_m mean + W_s std + b) of the untouched channels: the gate of PAT_ch."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, gate: StyleGate, start: int) -> None:
+        super().__init__()
+        scale, shift = _affine(gate.bn)
+        dense = gate.cfc1.weight
+        both = dense.double().flatten(1, 2).movedim(2, 1).flatten(1) * scale[:, None]
+        self.register_buffer("weight", both.to(dense.dtype))
+        self.register_buffer("bias", shift.to(dense.dtype))
+        self.start = start
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C - start]."""
+        return F.hardsigmoid(F.linear(torch.cat(channel_stats(x, self.start), dim=1), self.weight, self.bias))
+
+
+class FoldedBlock(nn.Module):
+    """A block in evaluation: y = x + mlp(cat(conv(x1), g * x2)), one call of `partial_mlp`.
+
+    Its tensors are buffers: a folded model is for inference.
+    """
+
+    conv_weight: Tensor
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    spatial_weight: Tensor | None
+
+    def __init__(self, block: PartialBlock) -> None:
+        super().__init__()
+        mixing: Any = block.spatial_mixing
+        mlp: list[Any] = list(block.mlp)
+        like = mlp[0].weight
+        self.activation = "gelu" if isinstance(mlp[2], nn.GELU) else "relu"
+
+        scale, shift = _affine(mlp[1])
+        w1 = mlp[0].weight.double().flatten(1)
+        b1 = torch.zeros_like(shift)
+        self.gate: FoldedGate | None = None
+        if isinstance(mixing, PATChannel):
+            self.gate = FoldedGate(mixing.attn, mixing.dim_conv3)
+            untouched_scale, untouched_shift = _affine(mixing.norm)
+            b1 = w1[:, mixing.dim_conv3 :] @ untouched_shift
+            w1 = torch.cat([w1[:, : mixing.dim_conv3], w1[:, mixing.dim_conv3 :] * untouched_scale], dim=1)
+        w1, b1 = scale[:, None] * w1, scale * b1 + shift
+
+        w2 = mlp[3].weight.double().flatten(1)
+        b2, spatial = w2.new_zeros(w2.size(0)), None
+        if len(mlp) == 5:
+            w2, b2, spatial = _spatial(mlp[4], w2)
+
+        def keep(name: str, value: Tensor | None) -> None:
+            kept = (
+                None if value is None else value.to(like.dtype).clone(memory_format=torch.contiguous_format)
+            )
+            self.register_buffer(name, kept)
+
+        keep("conv_weight", self._conv_weight(mixing))
+        for name, value in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2), ("spatial_weight", spatial)):
+            keep(name, value)
+
+    def _conv_weight(self, mixing: nn.Module) -> Tensor:
+        if isinstance(mixing, DPConv):
+            mixing = mixing.freeze()
+        assert isinstance(mixing, PartialConv)
+        return mixing.partial_conv3.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to the same shape."""
+        return partial_mlp(
+            x,
+            self.conv_weight,
+            self.w1,
+            self.b1,
+            self.w2,
+            self.b2,
+            activation=self.activation,
+            gate=None if self.gate is None else self.gate(x),
+            spatial_weight=self.spatial_weight,
+        )
+
+
+def _spatial(module: PATSpatial, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The second 1x1 convolution with PAT_sp: its weight and bias, and the row of the gate, before its shift."""
+    first = module.norm.num_features
+    gated_scale, gated_shift = _affine(module.norm)
+    convolved_scale, convolved_shift = _affine(module.norm2)
+    dense = module.conv.weight.double().flatten(1)
+    weight = torch.cat([gated_scale[:, None] * w2[:first], dense @ (convolved_scale[:, None] * w2[first:])])
+    return (
+        weight,
+        torch.cat([gated_shift, dense @ convolved_shift]),
+        module.conv_attn.weight.double().flatten() @ w2[:first],
+    )
+
+
+class KeptBias(nn.Module):
+    """The mask of `DistanceBias` for images of the size seen last, kept; while tracing it is computed and not kept."""
+
+    mask: Tensor
+
+    def __init__(self, bias: nn.Module) -> None:
+        super().__init__()
+        self.bias, self.size = bias, (0, 0)
+        self.register_buffer("mask", bias(0, 0), persistent=False)
+
+    def forward(self, height: int, width: int) -> Tensor:
+        """[heads, HW, HW]."""
+        if torch.compiler.is_compiling():
+            return self.bias(height, width)
+        if (height, width) != self.size:
+            with torch.inference_mode(False), torch.no_grad():
+                self.mask, self.size = self.bias(height, width), (height, width)
+        return self.mask
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.size = (0, 0)
+        super()._load_from_state_dict(*args)
+
+
+class FoldedSelfBlock(FoldedBlock):
+    """A block with PAT_sf: z = x + cat(conv(x1), attention(LN(x2))), y = z + mlp(z).
+
+    The first residual is in the convolution's weight. The second is of z, which `partial_mlp` gives for a convolution
+    of one channel that changes nothing.
+    """
+
+    mixing_weight: Tensor
+
+    def __init__(self, block: PartialBlock) -> None:
+        super().__init__(block)
+        mixing = block.spatial_mixing
+        assert isinstance(mixing, PATSelf)
+        weight = mixing.partial_conv3.weight.double()
+        centre = weight.size(-1) // 2
+        weight[:, :, centre, centre] += torch.eye(weight.size(0), dtype=weight.dtype, device=weight.device)
+        self.register_buffer("mixing_weight", weight.to(mixing.partial_conv3.weight.dtype).contiguous())
+        self.padding, self.norm, self.attn = centre, mixing.norm, mixing.attn
+        self.attn.rpe_k = KeptBias(mixing.attn.rpe_k)
+        self.attn.attn_drop = self.attn.proj_drop = 0.0
+
+    def _conv_weight(self, mixing: nn.Module) -> Tensor:
+        assert isinstance(mixing, PATSelf)
+        unchanged = torch.zeros_like(mixing.partial_conv3.weight[:1, :1])
+        unchanged[:, :, unchanged.size(2) // 2, unchanged.size(3) // 2] = 1
+        return unchanged
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to the same shape."""
+        untouched = x[:, self.mixing_weight.size(0) :]
+        mixed = conv2d_slice(x, self.mixing_weight, padding=self.padding)
+        return super().forward(torch.cat([mixed, untouched + self.attn(self.norm(untouched))], dim=1))
+
+
+def _folded(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, PartialBlock):
+        return (FoldedSelfBlock if isinstance(module.spatial_mixing, PATSelf) else FoldedBlock)(module)
+    if isinstance(module, PatchEmbed):
+        return _conv_norm(module.proj, module.norm)
+    if isinstance(module, PatchMerging):
+        return _conv_norm(module.reduction, module.norm)
+    return None
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> nn.Module:
+    """A new model for inference: what `model` computes in evaluation, with one `partial_mlp` for each `PartialBlock`.
+
+    Batch norms and both gates are folded into weights, exactly but for rounding; no tensor is shared with `model`, and
+    none requires grad. DPConv modules are folded at the ratio found. The result runs in channels_last and keeps the
+    methods of the model; it is not for training, and its state dict has other keys.
+
+    Args:
+        model: a `PartialNet`, or any module that holds `PartialBlock`s.
+
+    Raises:
+        ValueError: a batch norm without running statistics.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_var is None:
+            raise ValueError(
+                f"tranche.pconv.fold: expected batch norms with running statistics, got {name} without. Build it with "
+                "track_running_stats=True."
+            )
+    folded = copy.deepcopy(model).eval()
+    whole = _folded(folded)
+    if whole is not None:
+        return whole.eval().requires_grad_(False)
+    for path, module in list(folded.named_modules()):
+        replacement = _folded(module)
+        if replacement is not None:
+            folded.set_submodule(path, replacement)
+    return folded.eval().requires_grad_(False)
