@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedModel
 
 from benchmarks.harness import Row, Workload
-from benchmarks.wide import wide_llama
+from benchmarks.wide import wide_head, wide_llama
 from tranche import bits
 from tranche.decode import (
     BitSwitchDrafter,
+    CascadeDrafter,
+    Drafter,
+    JakiroDrafter,
     NgramDrafter,
     RecyclingDrafter,
     generate,
@@ -29,6 +33,7 @@ from tranche.tree import Accepted, Tree, verify_sample
 
 PROMPTS, PROMPT, NEW = 16, 128, 48
 WEIGHT_BYTES = 309_000_000
+HIDDEN = {"bf16": 4, "bits8": 8}  # times the byte-level Llama's width
 DRAFTERS = {
     "ngram": NgramDrafter,
     "recycling": RecyclingDrafter,
@@ -43,8 +48,26 @@ BAR = 1.5
 def model_of(dtype: str, device: str) -> PreTrainedModel:
     """309 MB of weights: 155 million in bf16, or 309 million at 8 bits with integer activations."""
     if dtype == "bf16":
-        return wide_llama(4, 16).bfloat16().to(device)
-    return bits.convert(wide_llama(8, 16).bfloat16(), skip=(), activation_bits=8).to(device)
+        return wide_llama(HIDDEN[dtype], 16).bfloat16().to(device)
+    return bits.convert(wide_llama(HIDDEN[dtype], 16).bfloat16(), skip=(), activation_bits=8).to(device)
+
+
+@functools.lru_cache(maxsize=2)
+def head_drafter(dtype: str, device: str) -> Drafter:
+    """The demo's head, widened with the model."""
+    return JakiroDrafter(wide_head(HIDDEN[dtype]).bfloat16().to(device))
+
+
+@functools.lru_cache(maxsize=2)
+def cascade(dtype: str, device: str) -> Drafter:
+    """Learns from call to call what its drafters are worth."""
+    return CascadeDrafter([NgramDrafter(), RecyclingDrafter(), head_drafter(dtype, device)])
+
+
+def maker_of(name: str, dtype: str, device: str) -> Callable[[], Drafter]:
+    """Makes the drafter of a call."""
+    trained = {"jakiro": head_drafter, "cascade": cascade}
+    return functools.partial(trained[name], dtype, device) if name in trained else DRAFTERS[name]
 
 
 def generate_row(name: str, dtype: str, device: str, *, bar: bool = False, quick: bool = False) -> Row:
@@ -71,7 +94,7 @@ def generate_row(name: str, dtype: str, device: str, *, bar: bool = False, quick
                 plain = generate(model, None, prompts[row : row + 1], **settings).sequences
             return float(mismatches_of(sequences, plain))
 
-        ours = caller(DRAFTERS[name])
+        ours = caller(maker_of(name, dtype, device))
         for _ in range(2):  # what passes of each size cost is known from earlier calls
             ours(0)
         return Workload(
@@ -150,8 +173,12 @@ def rows(device: str) -> list[Row]:
     return [
         generate_row("ngram", "bf16", device, bar=True, quick=True),
         generate_row("recycling", "bf16", device),
+        generate_row("jakiro", "bf16", device),
+        generate_row("cascade", "bf16", device),
         generate_row("ngram", "bits8", device),
         generate_row("recycling", "bits8", device),
         generate_row("bitswitch4", "bits8", device),
+        generate_row("jakiro", "bits8", device),
+        generate_row("cascade", "bits8", device),
         bookkeeping_row("bits8", device),
     ]

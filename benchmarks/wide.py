@@ -7,6 +7,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from tranche import byte_llama
+from tranche.decode import JakiroHead
+from tranche.decode.demo_head import load_or_train_head
 
 
 def widened(model: LlamaForCausalLM, hidden: int, inner: int) -> LlamaForCausalLM:
@@ -50,3 +52,35 @@ def widened(model: LlamaForCausalLM, hidden: int, inner: int) -> LlamaForCausalL
 def wide_llama(hidden: int = 4, inner: int = 16) -> LlamaForCausalLM:
     """The trained model of `tranche.byte_llama`, widened to 160 million weights."""
     return widened(byte_llama.load_or_train(), hidden, inner)
+
+
+def widened_head(head: JakiroHead, hidden: int) -> JakiroHead:
+    """The head that drafts for a widened model what `head` drafts for the model."""
+    config = type(head.config)(
+        **head.config.to_dict()
+        | {"hidden_size": head.config.hidden_size * hidden, "head_dim": head.config.head_dim}
+    )
+    source = head.state_dict()
+    inner = head.layers[0].mlp_moe.w_up.size(1)
+    wide = JakiroHead(
+        config, intermediate_size=inner, embedding=source["embed_tokens.weight"].repeat(1, hidden)
+    )
+
+    def repeated(name: str) -> Tensor:
+        weight = source[name]
+        if weight.dim() == 1:
+            return weight.repeat(hidden)
+        if name == "fc.weight":  # reads an embedding and a feature, each of them repeated
+            halves = [half.repeat(hidden, hidden) / hidden for half in weight.chunk(2, dim=1)]
+            return torch.cat(halves, dim=1)
+        if "o_proj" in name or "down_proj" in name:
+            return weight.repeat(hidden, 1)
+        return weight.repeat(1, hidden) / (1 if "embed_tokens" in name else hidden)
+
+    wide.load_state_dict({name: repeated(name) for name in source})
+    return wide.eval()
+
+
+def wide_head(hidden: int = 4) -> JakiroHead:
+    """The demo's head, for `wide_llama` of the same `hidden`."""
+    return widened_head(load_or_train_head(byte_llama.load_or_train()), hidden)

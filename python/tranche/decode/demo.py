@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tranche import bits, byte_llama, corpus
+from tranche.decode.cascade import CascadeDrafter
+from tranche.decode.demo_head import load_or_train_head
+from tranche.decode.demo_plot import plot_accepted_lengths
 from tranche.decode.drafter import Drafter
 from tranche.decode.generation import Output, generate
+from tranche.decode.jakiro import JakiroDrafter
 from tranche.decode.ngram import NgramDrafter
 from tranche.decode.recycling import RecyclingDrafter
 from tranche.decode.self_drafter import BitSwitchDrafter, LayerSkipDrafter
@@ -39,6 +45,7 @@ class Row:
     tokens_per_pass: float
     seconds: float
     mismatches: int
+    accepted_lengths: tuple[int, ...]
 
 
 def held_out_prompts(count: int, length: int) -> Tensor:
@@ -74,6 +81,10 @@ def measure(
             tokens_per_pass=sum(one.tokens_per_pass for one in told) / len(told),
             seconds=seconds,
             mismatches=mismatches,
+            accepted_lengths=tuple(
+                sum(counts)
+                for counts in itertools.zip_longest(*(one.accepted_lengths for one in told), fillvalue=0)
+            ),
         ),
         sequences,
     )
@@ -106,10 +117,25 @@ def table_of(rows: list[Row], title: str) -> Table:
     return table
 
 
-def demo(prompts: int = 6, length: int = 256, new_tokens: int = 256, temperature: float = 0.0) -> None:
-    """Train the byte-level Llama (or take it from the cache), and print the table."""
+def demo(
+    prompts: int = 6,
+    length: int = 256,
+    new_tokens: int = 256,
+    temperature: float = 0.0,
+    plot: Path | str | None = None,
+) -> None:
+    """Train the byte-level Llama and its draft head (or take them from the cache), and print the table.
+
+    Args:
+        prompts: how many held-out sources are continued.
+        length: bytes of each that are given.
+        new_tokens: bytes of each that are made.
+        temperature: 0 is greedy.
+        plot: a file for a picture of the accepted lengths.
+    """
     console = Console()
     model = byte_llama.load_or_train()
+    head = load_or_train_head(model)
     bits.convert(model, skip=())
     texts = held_out_prompts(prompts, length)
     settings: dict[str, Any] = {"max_new_tokens": new_tokens, "temperature": temperature, "exact": True}
@@ -117,7 +143,12 @@ def demo(prompts: int = 6, length: int = 256, new_tokens: int = 256, temperature
     generate(model, None, texts[:1], **settings | {"max_new_tokens": 8})  # warms up
     plain, wanted = measure("plain", model, None, texts, [], **settings)
     rows = [plain]
-    for name, make in DRAFTERS.items():
+    makers: dict[str, Callable[[], Drafter]] = {
+        **DRAFTERS,
+        "jakiro": lambda: JakiroDrafter(head),
+        "cascade": lambda: CascadeDrafter([NgramDrafter(), RecyclingDrafter(), JakiroDrafter(head)]),
+    }
+    for name, make in makers.items():
         rows.append(measure(name, model, make(), texts, wanted, **settings)[0])
     parameters = sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith("data"))
     title = (
@@ -125,3 +156,7 @@ def demo(prompts: int = 6, length: int = 256, new_tokens: int = 256, temperature
         f"{length} bytes given, {new_tokens} made, {'greedy' if temperature == 0 else f'temperature {temperature}'}"
     )
     console.print(table_of(rows, title))
+    if plot is not None:
+        console.print(
+            f"drew {plot_accepted_lengths({row.name: row.accepted_lengths for row in rows[1:]}, plot)}"
+        )

@@ -105,6 +105,9 @@ class Drafter(Protocol):
 
     No method may change the context's tensors, draw from torch's global random numbers, or wait for the device. If a
     method raises, `generate` warns, goes on without the drafter, and the text is the same.
+
+    A drafter with an attribute `chooses_size` that is true is always asked for as many nodes as there may be, and
+    itself decides how many of them are worth a pass.
     """
 
     def prepare(self, model: PreTrainedModel, batch: int, capacity: int, device: torch.device) -> None:

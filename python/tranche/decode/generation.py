@@ -109,7 +109,11 @@ def generate(
     if batch == 0 or max_new_tokens == 0:
         return Output(input_ids.clone(), Statistics(*guarantee(model, exact)))
 
-    pace = None if drafter is None else _pace(model, drafter, batch, tree_size)
+    pace = (
+        None
+        if drafter is None or getattr(drafter, "chooses_size", False)
+        else _pace(model, drafter, batch, tree_size)
+    )
     with torch.no_grad(), target.attached(model, exact=exact, capacity=settings.capacity):
         if drafter is not None:
             drafter.prepare(model, batch, settings.capacity, input_ids.device)

@@ -58,7 +58,8 @@ class Loop:
         self._seconds = {"prefill": 0.0, "draft": 0.0, "verify": 0.0, "bookkeeping": 0.0}
         self._prefill_passes = self._steps = self._nodes = 0
         self._made = 0
-        self._sequence_passes = torch.zeros((), dtype=torch.int64, device=device)
+        # passes by how many nodes they committed
+        self._committed = torch.zeros(settings.tree_size + 1, dtype=torch.int64, device=device)
         # by node, how often it was accepted and how often it stood in a tree, since the last check
         self._worth = torch.zeros(2, settings.tree_size, device=device)
 
@@ -108,7 +109,7 @@ class Loop:
         self._active = lengths + 1 < self._end
 
     def _step(self) -> None:
-        asked = 1 if self._drafter is None or self._pace is None else self._pace.size()
+        asked = self._size()
         times = [self._clock.now()]
         tree, tokens = self._propose(asked)
         times.append(self._clock.now())
@@ -124,6 +125,11 @@ class Loop:
         self._marks.append((asked, times))
         self._steps += 1
         self._nodes += tokens.size(1)
+
+    def _size(self) -> int:
+        if self._drafter is None:
+            return 1
+        return self._settings.tree_size if self._pace is None else self._pace.size()
 
     def _sampling(self) -> dict[str, Tensor]:
         settings = self._settings
@@ -233,7 +239,7 @@ class Loop:
         if self._pace is not None:
             self._worth[0].index_add_(0, path.flatten(), is_new.flatten().to(self._worth.dtype))
             self._worth[1, :asked] += self._active.sum()
-        self._sequence_passes += self._active.sum()
+        self._committed.index_add_(0, committed, torch.ones_like(committed, dtype=torch.int64))
         self._active = self._active & (self._cache.seqlens + 1 < self._end)
         return committed
 
@@ -275,7 +281,8 @@ class Loop:
     def statistics(self, seconds: float, guarantee: tuple[Guarantee, str]) -> Statistics:
         """How it went, in `seconds` altogether."""
         batch = self._tokens.size(0)
-        passes = int(self._sequence_passes)
+        by_length = self._committed.tolist()[1:]  # ended sequences commit none
+        passes = sum(by_length)
         per_pass = (self._made - batch) / passes if passes else 0.0
         return Statistics(
             guarantee=guarantee[0],
@@ -284,6 +291,7 @@ class Loop:
             target_passes=self._prefill_passes + self._steps,
             tokens_per_pass=per_pass,
             mean_accepted=per_pass - 1 if passes else 0.0,
+            accepted_lengths=tuple(by_length),
             tokens_per_second=self._made / seconds,
             seconds=dict(self._seconds),
             mean_tree_size=self._nodes / self._steps if self._steps else 0.0,

@@ -11,6 +11,7 @@ import torch
 _SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 60, 80, 96, 128, 192, 256, 384, 512, 768, 1024)
 _EXPLORE_EVERY = 48  # steps between two of full size
 _FORGET = 0.98  # weight of the past in what a node earns, by step
+_FAINTEST = 0.05  # trees that what is known counts for at least
 _FOLLOW = 0.1  # least weight of the present in what a step costs
 
 
@@ -44,8 +45,9 @@ class Pace:
     a step is measured at a few sizes, interpolated between them, and followed from then on.
     """
 
-    def __init__(self, largest: int):
-        """Sizes from 1 to `largest` nodes."""
+    def __init__(self, largest: int, forget: float = _FORGET):
+        """Sizes from 1 to `largest` nodes; `forget` is the weight of the past in what a node earns, by step."""
+        self._forget = forget
         self.sizes = [size for size in _SIZES if size < largest] + [largest]
         # the largest first: it tells what all sizes earn
         self._opening = [size for size in (largest, 8, 8, 1, 24, 24) if size <= largest]
@@ -55,6 +57,11 @@ class Pace:
         self._tried = [0.0] * largest
         self._steps = 0
 
+    @property
+    def learning(self) -> bool:
+        """Whether sizes are still tried out, whatever they promise."""
+        return self._steps < len(self._opening)
+
     def size(self) -> int:
         """Nodes of the next step's trees, root included."""
         self._steps += 1
@@ -62,6 +69,10 @@ class Pace:
             return self._opening[self._steps - 1]
         if self._steps % _EXPLORE_EVERY == 0:
             return self.sizes[-1]
+        return self.best()[0]
+
+    def best(self) -> tuple[int, float]:
+        """The size that promises the most tokens a second, and how many."""
         best, chosen = 0.0, self.sizes[-1]
         earned, done = 1.0, 1
         for size in self.sizes:
@@ -71,7 +82,7 @@ class Pace:
             cost = self._cost(size)
             if cost is not None and earned / cost > best:
                 best, chosen = earned / cost, size
-        return chosen
+        return chosen, best
 
     def _cost(self, size: int) -> float | None:
         known = sorted(self._seconds)
@@ -100,9 +111,16 @@ class Pace:
             bounded = min(seconds, 2 * self._seconds[size])
             self._seconds[size] += max(1 / (count - 1), _FOLLOW) * (bounded - self._seconds[size])
 
+    def fade(self) -> None:
+        """A step went by that told nothing: what is known stays the same, and weighs less against what comes."""
+        for node, tried in enumerate(self._tried):
+            if tried > _FAINTEST:
+                self._accepted[node] *= self._forget
+                self._tried[node] *= self._forget
+
     def earned(self, accepted: list[float], tried: list[float]) -> None:
         """By node, how many trees accepted it since the last call, and in how many of them it stood."""
         for node in range(1, len(self._tried)):
             if node < len(tried) and tried[node] > 0:
-                self._accepted[node] = _FORGET * self._accepted[node] + accepted[node]
-                self._tried[node] = _FORGET * self._tried[node] + tried[node]
+                self._accepted[node] = self._forget * self._accepted[node] + accepted[node]
+                self._tried[node] = self._forget * self._tried[node] + tried[node]

@@ -24,6 +24,7 @@ class Statistics:
         target_passes: passes of the target model, those over the prompts included.
         tokens_per_pass: tokens that a pass gave a sequence, on average over passes and sequences, prompts left out.
         mean_accepted: how many of them were the drafter's: tokens_per_pass - 1.
+        accepted_lengths: how many passes, sequence by sequence, accepted 0, 1, 2, ... of the drafter's tokens.
         tokens_per_second: new_tokens by the whole time.
         seconds: by "prefill", "draft", "verify" (the target's pass and the verification) and "bookkeeping".
         mean_tree_size: nodes of a tree for which passes were made, on average.
@@ -36,6 +37,7 @@ class Statistics:
     target_passes: int = 0
     tokens_per_pass: float = 0.0
     mean_accepted: float = 0.0
+    accepted_lengths: tuple[int, ...] = ()
     tokens_per_second: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     mean_tree_size: float = 0.0
