@@ -65,7 +65,8 @@ TreeSampleParams sampling_params(const SamplingTensors& s, const Tensor& logits,
 
 // `others` are the tensors that the kernel touches beside logits.
 template <class... Tensors>
-void run(TreeSampleParams& params, const Tensor& logits, const SamplingTensors& s, const Tensors&... others) {
+void run(TreeSampleParams& params, const Tensor& logits, [[maybe_unused]] const SamplingTensors& s,
+         const Tensors&... others) {
   const TreeSampleSpace space = KERNEL(tree_sample_space)(params);
   const std::vector<int64_t> zeroed_size = {space.zeroed};
   const Tensor zeroed = torch::stable::new_zeros(
