@@ -316,8 +316,9 @@ def rows(device: str) -> list[Row]:
         table.append(expand_row(1, 10, vocab, "fp32", device))
         table.append(expand_row(8, 10, vocab, "bf16", device))
     table.append(expand_row(1, 1, 128_256, "bf16", device))
-    table.append(expand_row(64, 10, 32_000, "bf16", device))
-    for batch, nodes in ((1, 8), (1, 60), (8, 64), (64, 8), (1, 256)):
+    for vocab in (32_000, 128_256):
+        table.append(expand_row(64, 10, vocab, "bf16", device))
+    for batch, nodes in ((1, 8), (1, 60), (8, 64), (64, 8), (1, 256), (64, 256)):
         table.append(select_row(batch, nodes, device, quick=nodes == 60))
         table.append(compact_row(batch, nodes, device, quick=nodes == 60))
     for batch, nodes in ((1, 60), (8, 64), (64, 256)):

@@ -1,6 +1,6 @@
 // tranche::tree_attention and tranche::tree_attention_out: schemas, checks, allocation.
-#include "core/torch_glue.h"
 #include "tree/tree_attention.h"
+#include "core/torch_glue.h"
 #include "tree/tree_attention_arguments.h"
 
 namespace tranche {
@@ -19,8 +19,8 @@ Tensor attend(const TensorChecks& check, const TreeAttentionArguments& a, std::o
   const Tensor workspace =
       empty_on(a.q, {int64_t(KERNEL(tree_attention_workspace)(params))}, ScalarType::Byte);
   params.workspace = workspace.mutable_data_ptr();
-  RUN_KERNEL(tree_attention, params, a.q, a.k_cache, a.v_cache, a.cache_seqlens, a.ancestors, a.depth, a.n_nodes,
-             a.block_table, a.sinks, a.k_scale, a.v_scale, out, lse, workspace);
+  RUN_KERNEL(tree_attention, params, a.q, a.k_cache, a.v_cache, a.cache_seqlens, a.ancestors, a.depth,
+             a.n_nodes, a.block_table, a.sinks, a.k_scale, a.v_scale, out, lse, workspace);
   return lse;
 }
 

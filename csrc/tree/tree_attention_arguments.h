@@ -1,5 +1,5 @@
-// The arguments that tree_attention, its out= form and its backward have in common: checks, and how they reach a
-// kernel.
+// The arguments that tree_attention, its out= form and its backward have in common: checks, and how they
+// reach a kernel.
 #pragma once
 
 #include "core/torch_glue.h"
@@ -129,7 +129,8 @@ inline void set_strides(int64_t (&strides)[3], const Tensor& tensor) {
   for (int i = 0; i < 3; ++i) strides[i] = tensor.stride(i);
 }
 
-inline TreeAttentionParams make_params(const TreeAttentionArguments& a, const Tensor& out, const Tensor& lse) {
+inline TreeAttentionParams make_params(const TreeAttentionArguments& a, const Tensor& out,
+                                       const Tensor& lse) {
   TreeAttentionParams p{};
   p.q = a.q.const_data_ptr();
   p.k_cache = a.k_cache.const_data_ptr();
@@ -164,7 +165,7 @@ inline TreeAttentionParams make_params(const TreeAttentionArguments& a, const Te
 }
 
 inline void set_scalars(const TensorChecks& check, TreeAttentionParams& p, std::optional<double> scale,
-                 std::optional<int64_t> window, std::optional<double> softcap, bool exact) {
+                        std::optional<int64_t> window, std::optional<double> softcap, bool exact) {
   check.that(!scale || std::isfinite(*scale), "a finite scale", scale ? concat(*scale) : "",
              "Leave it out for D^-0.5.");
   check.that(!window || *window > 0, "window > 0", window ? concat(*window) : "",

@@ -9,8 +9,8 @@ namespace {
 
 void check_gradients(const TensorChecks& check, const TreeAttentionArguments& a, const Tensor& grad_out,
                      const std::optional<Tensor>& grad_lse, const Tensor& out, const Tensor& lse) {
-  check.that(a.k_cache.scalar_type() == a.q.scalar_type(), concat("caches of dtype ", dtype_text(a.q.scalar_type())),
-             dtype_text(a.k_cache.scalar_type()),
+  check.that(a.k_cache.scalar_type() == a.q.scalar_type(),
+             concat("caches of dtype ", dtype_text(a.q.scalar_type())), dtype_text(a.k_cache.scalar_type()),
              "Gradients need caches of q's dtype: convert them with k_cache.to(q.dtype) * k_scale[:, None].");
   const std::initializer_list<int64_t> rows = {a.batch(), a.nodes(), a.heads_q()};
   const std::initializer_list<int64_t> whole = {a.batch(), a.nodes(), a.heads_q(), a.head_dim()};
@@ -28,9 +28,9 @@ Tensor gradient_of(const Tensor& tensor, bool wanted) {
 std::tuple<Tensor, Tensor, Tensor> tree_attention_backward(
     const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k_cache,
     const Tensor& v_cache, const Tensor& out, const Tensor& lse, const Tensor& cache_seqlens,
-    const Tensor& ancestors, const Tensor& depth, const Tensor& n_nodes, const std::optional<Tensor>& block_table,
-    std::optional<double> scale, std::optional<int64_t> window, std::optional<double> softcap,
-    const std::optional<Tensor>& sinks, bool query, bool caches) {
+    const Tensor& ancestors, const Tensor& depth, const Tensor& n_nodes,
+    const std::optional<Tensor>& block_table, std::optional<double> scale, std::optional<int64_t> window,
+    std::optional<double> softcap, const std::optional<Tensor>& sinks, bool query, bool caches) {
   const TensorChecks check("tree_attention_backward");
   const std::optional<Tensor> none;
   const TreeAttentionArguments a{q,       k_cache,     v_cache, cache_seqlens, ancestors, depth,
@@ -38,7 +38,8 @@ std::tuple<Tensor, Tensor, Tensor> tree_attention_backward(
   check_tensors(check, a);
   check_gradients(check, a, grad_out, grad_lse, out, lse);
 
-  Tensor grad_q = gradient_of(q, query), grad_k = gradient_of(k_cache, caches), grad_v = gradient_of(v_cache, caches);
+  Tensor grad_q = gradient_of(q, query), grad_k = gradient_of(k_cache, caches),
+         grad_v = gradient_of(v_cache, caches);
   TreeAttentionBackwardParams params{};
   params.forward = make_params(a, out, lse);
   set_scalars(check, params.forward, scale, window, softcap, false);
@@ -58,16 +59,17 @@ std::tuple<Tensor, Tensor, Tensor> tree_attention_backward(
   const Tensor workspace =
       empty_on(q, {int64_t(KERNEL(tree_attention_backward_workspace)(params))}, ScalarType::Byte);
   params.workspace = workspace.mutable_data_ptr();
-  RUN_KERNEL(tree_attention_backward, params, q, k_cache, v_cache, out, lse, grad_out, grad_lse, cache_seqlens,
-             ancestors, depth, n_nodes, block_table, sinks, grad_q, grad_k, grad_v, workspace);
+  RUN_KERNEL(tree_attention_backward, params, q, k_cache, v_cache, out, lse, grad_out, grad_lse,
+             cache_seqlens, ancestors, depth, n_nodes, block_table, sinks, grad_q, grad_k, grad_v, workspace);
   return {grad_q, grad_k, grad_v};
 }
 
-REGISTER_OP(tree_attention_backward,
-            "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k_cache, Tensor v_cache, Tensor out, Tensor lse, "
-            "Tensor cache_seqlens, Tensor ancestors, Tensor depth, Tensor n_nodes, Tensor? block_table=None, "
-            "float? scale=None, SymInt? window=None, float? softcap=None, Tensor? sinks=None, bool query=True, "
-            "bool caches=True) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)")
+REGISTER_OP(
+    tree_attention_backward,
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k_cache, Tensor v_cache, Tensor out, Tensor lse, "
+    "Tensor cache_seqlens, Tensor ancestors, Tensor depth, Tensor n_nodes, Tensor? block_table=None, "
+    "float? scale=None, SymInt? window=None, float? softcap=None, Tensor? sinks=None, bool query=True, "
+    "bool caches=True) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)")
 
 }  // namespace
 }  // namespace tranche

@@ -1,8 +1,9 @@
-// The kernels of tree_attention's backward pass, in the order of their launch. No two blocks write one element, and
-// every sum has a fixed order.
+// The kernels of tree_attention's backward pass, in the order of their launch. No two blocks write one
+// element, and every sum has a fixed order.
 //
 //   prepare  a warp per row: <grad_out, out>, and whether the row is broken
-//   sums     fp32 only, a block per tile of rows: largest score, sum of weights and delta, found again from the very
+//   sums     fp32 only, a block per tile of rows: largest score, sum of weights and delta, found again from
+//   the very
 //            products that become gradients (the rounding of lse and out would be the largest error by far)
 //   query    a block per tile of rows walks the slots: grad_q
 //   cache    a block per tile of slots walks the rows: grad_k, grad_v; half of the warps each
@@ -16,12 +17,14 @@ namespace tranche {
 constexpr int kBackwardThreads = 128;  // of prepare and pages
 
 template <class T>
-__global__ void __launch_bounds__(kBackwardThreads) tree_attention_prepare_kernel(TreeAttentionBackwardLaunch plan) {
+__global__ void __launch_bounds__(kBackwardThreads)
+    tree_attention_prepare_kernel(TreeAttentionBackwardLaunch plan) {
   const TreeAttentionParams& p = plan.b.forward;
   const int64_t row = int64_t(blockIdx.x) * (kBackwardThreads / 32) + threadIdx.x / 32;
   const int lane = int(threadIdx.x % 32);
   if (row >= int64_t(p.batch) * p.nodes * p.heads_q) return;
-  const int head = int(row % p.heads_q), node = int(row / p.heads_q % p.nodes), b = int(row / p.heads_q / p.nodes);
+  const int head = int(row % p.heads_q), node = int(row / p.heads_q % p.nodes),
+            b = int(row / p.heads_q / p.nodes);
   const float infinity = __builtin_inff();
 
   BackwardRow state = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -53,7 +56,8 @@ __global__ void __launch_bounds__(kBackwardThreads) tree_attention_prepare_kerne
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1) tree_attention_sums_kernel(TreeAttentionBackwardLaunch plan) {
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    tree_attention_sums_kernel(TreeAttentionBackwardLaunch plan) {
   constexpr int kTile = Traits::kTile;
   const BackwardTile<Traits, float> tile(plan, int(blockIdx.x) / plan.row_tiles);
   const int first = int(blockIdx.x) % plan.row_tiles * kTile, r = int(threadIdx.x);
@@ -102,7 +106,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) tree_attention_sums_kerne
 }
 
 template <class T, class Traits>
-__global__ void __launch_bounds__(Traits::kThreads) tree_attention_grad_query_kernel(TreeAttentionBackwardLaunch plan) {
+__global__ void __launch_bounds__(Traits::kThreads)
+    tree_attention_grad_query_kernel(TreeAttentionBackwardLaunch plan) {
   constexpr int kTile = Traits::kTile, kColumns = Traits::kDim / 16;
   const BackwardTile<Traits, T> tile(plan, int(blockIdx.x) / plan.row_tiles);
   const TreeAttentionParams& p = tile.p;
@@ -134,7 +139,8 @@ __global__ void __launch_bounds__(Traits::kThreads) tree_attention_grad_query_ke
 }
 
 template <class T, class Traits>
-__global__ void __launch_bounds__(Traits::kThreads) tree_attention_grad_cache_kernel(TreeAttentionBackwardLaunch plan) {
+__global__ void __launch_bounds__(Traits::kThreads)
+    tree_attention_grad_cache_kernel(TreeAttentionBackwardLaunch plan) {
   constexpr int kTile = Traits::kTile, kColumns = Traits::kDim / 8;
   SHARED(int32_t, poisoned, kTile);
   const BackwardTile<Traits, T> tile(plan, int(blockIdx.x) / plan.key_tiles);
@@ -151,11 +157,12 @@ __global__ void __launch_bounds__(Traits::kThreads) tree_attention_grad_cache_ke
       __syncthreads();
       tile.differentiate();
       if (x < kTile) {
-        for (int r = 0; r < kTile; ++r) poison = poison || (tile.broken[r] != 0 && (tile.visible[r] >> x & 1) != 0);
+        for (int r = 0; r < kTile; ++r)
+          poison = poison || (tile.broken[r] != 0 && (tile.visible[r] >> x & 1) != 0);
       }
       __syncthreads();
-      product<true, true>(sum, (is_value ? tile.weights : tile.gradients) + tile.strip * 16, Traits::kScorePitch,
-                          is_value ? tile.grad_out : tile.q, Traits::kPitch, kTile);
+      product<true, true>(sum, (is_value ? tile.weights : tile.gradients) + tile.strip * 16,
+                          Traits::kScorePitch, is_value ? tile.grad_out : tile.q, Traits::kPitch, kTile);
     }
   }
   if (x < kTile) poisoned[x] = poison;
@@ -170,7 +177,8 @@ __global__ void __launch_bounds__(Traits::kThreads) tree_attention_grad_cache_ke
       const int slot = tile.strip * 16 + lane / 4 + c / 2 * 8, d = n * 8 + lane % 4 * 2 + c % 2;
       if (first + slot >= end || d >= p.head_dim) continue;
       const float value = poisoned[slot] ? bits_float(0x7fffffffu) : scale * sum[n][c];
-      const int64_t at = ((int64_t(tile.b) * p.capacity + first + slot) * p.heads_kv + tile.head) * p.head_dim + d;
+      const int64_t at =
+          ((int64_t(tile.b) * p.capacity + first + slot) * p.heads_kv + tile.head) * p.head_dim + d;
       if (by_slot) {
         (is_value ? plan.slot_v : plan.slot_k)[at] = value;
       } else {
@@ -181,11 +189,14 @@ __global__ void __launch_bounds__(Traits::kThreads) tree_attention_grad_cache_ke
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBackwardThreads) tree_attention_pages_kernel(TreeAttentionBackwardLaunch plan) {
+__global__ void __launch_bounds__(kBackwardThreads)
+    tree_attention_pages_kernel(TreeAttentionBackwardLaunch plan) {
   constexpr int kEach = 8;  // elements of a thread
-  SHARED(int32_t, matches, kBackwardThreads);  // of 128 entries of the table: used slots, if it is this page, else 0
+  SHARED(int32_t, matches,
+         kBackwardThreads);  // of 128 entries of the table: used slots, if it is this page, else 0
   const TreeAttentionParams& p = plan.b.forward;
-  const int page = int(blockIdx.x / p.heads_kv), head = int(blockIdx.x % p.heads_kv), thread = int(threadIdx.x);
+  const int page = int(blockIdx.x / p.heads_kv), head = int(blockIdx.x % p.heads_kv),
+            thread = int(threadIdx.x);
   const int columns = p.capacity / p.page_size;
   const int64_t entries = int64_t(p.batch) * columns, elements = int64_t(p.page_size) * p.head_dim;
 
@@ -196,9 +207,10 @@ __global__ void __launch_bounds__(kBackwardThreads) tree_attention_pages_kernel(
       if (first + thread < entries) {
         const int b = int((first + thread) / columns), column = int((first + thread) % columns);
         const int nodes = slots::node_count(p, b), end = slots::committed(p, b, nodes) + nodes;
-        const int entry = end > column * p.page_size
-                              ? slots::clamp(p.block_table[b * p.block_table_stride + column], 0, p.num_pages - 1)
-                              : -1;
+        const int entry =
+            end > column * p.page_size
+                ? slots::clamp(p.block_table[b * p.block_table_stride + column], 0, p.num_pages - 1)
+                : -1;
         if (entry == page) used = end - column * p.page_size;
       }
       matches[thread] = used;

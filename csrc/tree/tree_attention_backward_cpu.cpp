@@ -1,8 +1,9 @@
-// One pass over the cache per KV head: a tile of 64 slots meets all rows of the head's tree, 64 at a time. The tile's
-// grad_k and grad_v are complete when it has met them all; grad_q of all rows stays in fp32 until the last tile.
+// One pass over the cache per KV head: a tile of 64 slots meets all rows of the head's tree, 64 at a time.
+// The tile's grad_k and grad_v are complete when it has met them all; grad_q of all rows stays in fp32 until
+// the last tile.
 //
-// A sequence and KV head is one task. Under a block table sequences may share pages, so there one task takes a KV head
-// of all sequences, in order: nothing is added by two threads, and the order of every sum is fixed.
+// A sequence and KV head is one task. Under a block table sequences may share pages, so there one task takes
+// a KV head of all sequences, in order: nothing is added by two threads, and the order of every sum is fixed.
 #include "tree/tree_attention_backward.h"
 
 #include "core/isa.h"
@@ -22,15 +23,15 @@ T least(T a, T b) {
 // A worker's memory. Without memory it only counts.
 template <class A>
 struct Scratch {
-  A *q, *grad_out, *grad_q;             // [rows, D]
-  RowState<A>* state;                   // [rows]
-  RowSums<A>* sums;                     // [rows]
-  bool* broken;                         // [rows]
-  uint64_t* visible;                    // [rows] of the tile at hand
-  A *k, *k_columns, *v_columns;         // [64, D], [D, 64] twice
-  A *grad_k, *grad_v;                   // [64, D]
-  A *scores, *gradients;                // [64 rows, 64 slots]
-  A* row;                               // [D]
+  A *q, *grad_out, *grad_q;      // [rows, D]
+  RowState<A>* state;            // [rows]
+  RowSums<A>* sums;              // [rows]
+  bool* broken;                  // [rows]
+  uint64_t* visible;             // [rows] of the tile at hand
+  A *k, *k_columns, *v_columns;  // [64, D], [D, 64] twice
+  A *grad_k, *grad_v;            // [64, D]
+  A *scores, *gradients;         // [64 rows, 64 slots]
+  A* row;                        // [D]
   int64_t bytes = 0;
 
   Scratch(const TreeAttentionParams& p, char* memory) {
@@ -61,13 +62,17 @@ int64_t workers_of(const TreeAttentionParams& p) { return least<int64_t>(num_thr
 
 template <class T, class A>
 class Backward {
-  // In fp32 and fp64 the rounding of lse and of <grad_out, out>, shared by all weights of a row, would be the largest
-  // error by far: both sums are found again from the very products that become gradients.
+  // In fp32 and fp64 the rounding of lse and of <grad_out, out>, shared by all weights of a row, would be the
+  // largest error by far: both sums are found again from the very products that become gradients.
   static constexpr bool kOwnSums = sizeof(T) >= 4;
 
  public:
   Backward(const TreeAttentionBackwardParams& params, char* memory)
-      : p_(params.forward), params_(params), s_(p_, memory), group_(p_.heads_q / p_.heads_kv), dim_(p_.head_dim) {}
+      : p_(params.forward),
+        params_(params),
+        s_(p_, memory),
+        group_(p_.heads_q / p_.heads_kv),
+        dim_(p_.head_dim) {}
 
   void sequence(int b, int head) {
     b_ = b, head_ = head;
@@ -113,9 +118,10 @@ class Backward {
       bool good = x < count, v_good = good;
       if (x < count) {
         const int64_t at = slots::cache_row(p_, b_, slot + x);
-        good = load_row(static_cast<const T*>(p_.k_cache) + slots::cache_offset(p_, p_.k_stride, at, head_), k, dim_);
-        v_good =
-            load_row(static_cast<const T*>(p_.v_cache) + slots::cache_offset(p_, p_.v_stride, at, head_), s_.row, dim_);
+        good = load_row(static_cast<const T*>(p_.k_cache) + slots::cache_offset(p_, p_.k_stride, at, head_),
+                        k, dim_);
+        v_good = load_row(static_cast<const T*>(p_.v_cache) + slots::cache_offset(p_, p_.v_stride, at, head_),
+                          s_.row, dim_);
       }
       // Zeros, so that 0 * NaN cannot arise in the products.
       if (!good) memset(k, 0, sizeof(A) * size_t(dim_));
@@ -170,16 +176,19 @@ class Backward {
       for (int d = 0; d < dim_; ++d) delta += grad_out[d] * A(element(out[d]));
       const bool is_finite = delta - delta == A(0);
 
-      const double lse = kOwnSums ? double(sums.top) + __builtin_log(double(sums.weights)) : double(forward_lse);
+      const double lse =
+          kOwnSums ? double(sums.top) + __builtin_log(double(sums.weights)) : double(forward_lse);
       A weight = 1;
-      if (p_.sinks) weight = A(1.0 / (1.0 + __builtin_exp(double(p_.sinks[head_ * group_ + r % group_]) - lse)));
+      if (p_.sinks)
+        weight = A(1.0 / (1.0 + __builtin_exp(double(p_.sinks[head_ * group_ + r % group_]) - lse)));
       if (kOwnSums) delta = weight * sums.products / sums.weights;
       const A shift = (params_.grad_lse ? A(params_.grad_lse[row_index(r)]) : A(0)) - weight * delta;
 
       const bool saw_nothing = forward_lse == -kInf;
-      s_.broken[r] = !saw_nothing && (s_.broken[r] || !is_finite || shift - shift != A(0) || lse - lse != 0.0 ||
-                                      forward_lse - forward_lse != 0.0f);
-      s_.state[r] = {kOwnSums ? sums.top : A(forward_lse), kOwnSums ? A(1) / sums.weights : A(1), weight, shift};
+      s_.broken[r] = !saw_nothing && (s_.broken[r] || !is_finite || shift - shift != A(0) ||
+                                      lse - lse != 0.0 || forward_lse - forward_lse != 0.0f);
+      s_.state[r] = {kOwnSums ? sums.top : A(forward_lse), kOwnSums ? A(1) / sums.weights : A(1), weight,
+                     shift};
       if (saw_nothing || s_.broken[r]) {  // no part in any product
         s_.state[r] = {A(0), A(0), A(0), A(0)};
         memset(grad_out, 0, sizeof(A) * size_t(dim_));
@@ -203,10 +212,12 @@ class Backward {
         const uint64_t visible = s_.visible[first + i];
         touched |= visible;
         if (s_.broken[first + i]) broken |= visible;
-        differentiate_row(p_, s_.state[first + i], visible & finite, s_.scores + i * kTile, s_.gradients + i * kTile);
+        differentiate_row(p_, s_.state[first + i], visible & finite, s_.scores + i * kTile,
+                          s_.gradients + i * kTile);
       }
       if (params_.grad_q) {
-        multiply<A>(s_.grad_q + int64_t(first) * dim_, dim_, {s_.gradients, kTile, 1}, s_.k, dim_, rows, dim_, kTile);
+        multiply<A>(s_.grad_q + int64_t(first) * dim_, dim_, {s_.gradients, kTile, 1}, s_.k, dim_, rows, dim_,
+                    kTile);
       }
       if (caches) {
         multiply<A>(s_.grad_v, dim_, {s_.scores, 1, kTile}, grad_out, dim_, kTile, dim_, rows);
@@ -236,7 +247,8 @@ class Backward {
     for (int r = 0; r < rows_; ++r) {
       T* to = static_cast<T*>(params_.grad_q) + row_index(r) * dim_;
       const A* from = s_.grad_q + int64_t(r) * dim_;
-      for (int d = 0; d < dim_; ++d) to[d] = rounded<T>(s_.broken[r] ? A(__builtin_nan("")) : scale * from[d]);
+      for (int d = 0; d < dim_; ++d)
+        to[d] = rounded<T>(s_.broken[r] ? A(__builtin_nan("")) : scale * from[d]);
     }
   }
 
@@ -253,8 +265,9 @@ void clear(const TreeAttentionBackwardParams& params) {
   const TreeAttentionParams& p = params.forward;
   const auto zero = [](void* memory, int64_t pieces, int64_t elements) {
     if (memory == nullptr) return;
-    parallel_for(pieces,
-                 [&](int64_t i) { memset(static_cast<T*>(memory) + i * elements, 0, sizeof(T) * size_t(elements)); });
+    parallel_for(pieces, [&](int64_t i) {
+      memset(static_cast<T*>(memory) + i * elements, 0, sizeof(T) * size_t(elements));
+    });
   };
   zero(params.grad_q, p.batch, int64_t(p.nodes) * p.heads_q * p.head_dim);
   zero(params.grad_k, p.num_pages, int64_t(p.page_size) * p.heads_kv * p.head_dim);
@@ -293,11 +306,16 @@ size_t tree_attention_backward_workspace(const TreeAttentionBackwardParams& para
 
 void tree_attention_backward(const TreeAttentionBackwardParams& params) {
   switch (params.forward.q_type) {
-    case DType::f64: return run<double, double>(params);
-    case DType::f32: return run<float, float>(params);
-    case DType::f16: return run<half, float>(params);
-    case DType::bf16: return run<bf16, float>(params);
-    default: return;
+    case DType::f64:
+      return run<double, double>(params);
+    case DType::f32:
+      return run<float, float>(params);
+    case DType::f16:
+      return run<half, float>(params);
+    case DType::bf16:
+      return run<bf16, float>(params);
+    default:
+      return;
   }
 }
 

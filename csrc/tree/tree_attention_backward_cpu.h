@@ -1,5 +1,5 @@
-// Arithmetic of tree_attention's backward pass on the CPU: small matrix products, and what happens to a row of scores.
-// Everything exists for float (which also serves half and bf16) and for double.
+// Arithmetic of tree_attention's backward pass on the CPU: small matrix products, and what happens to a row
+// of scores. Everything exists for float (which also serves half and bf16) and for double.
 #pragma once
 
 #include "core/numeric.h"
@@ -8,7 +8,8 @@
 
 namespace tranche::cpu::TRANCHE_ISA {
 
-constexpr int kTile = 64;  // slots, and rows, of a tile of scores
+constexpr int kTile = 64;   // slots, and rows, of a tile of scores
+constexpr int kChain = 16;  // products that are summed in a row
 constexpr float kLog2e = 1.4426950408889634f;
 
 template <class A>
@@ -78,47 +79,53 @@ TRANCHE_INLINE void multiply_tile(A* c, int ldc, const Left<A>& a, const A* b, i
 }
 
 template <class A, int kVectors>
-TRANCHE_INLINE void multiply_columns(A* c, int ldc, const Left<A>& a, const A* b, int ldb, int rows, int depth) {
+TRANCHE_INLINE void multiply_columns(A* c, int ldc, const Left<A>& a, const A* b, int ldb, int rows,
+                                     int depth) {
   int m = 0;
   for (; m + 4 <= rows; m += 4) {
-    multiply_tile<A, 4, kVectors>(c + int64_t(m) * ldc, ldc, {a.data + int64_t(m) * a.row, a.row, a.column}, b, ldb,
-                                  depth);
+    multiply_tile<A, 4, kVectors>(c + int64_t(m) * ldc, ldc, {a.data + int64_t(m) * a.row, a.row, a.column},
+                                  b, ldb, depth);
   }
   for (; m < rows; ++m) {
-    multiply_tile<A, 1, kVectors>(c + int64_t(m) * ldc, ldc, {a.data + int64_t(m) * a.row, a.row, a.column}, b, ldb,
-                                  depth);
+    multiply_tile<A, 1, kVectors>(c + int64_t(m) * ldc, ldc, {a.data + int64_t(m) * a.row, a.row, a.column},
+                                  b, ldb, depth);
   }
 }
 
-// c [rows, columns] += a [rows, depth] b [depth, columns]; columns is a multiple of 16. At most kTile products are
-// summed in a row before the sum joins c: long chains of roundings would show in fp32.
+// c [rows, columns] += a [rows, depth] b [depth, columns]; columns is a multiple of 16. At most kChain
+// products are summed in a row before the sum joins c: longer chains of roundings show in fp32.
 template <class A>
 static void multiply(A* c, int ldc, const Left<A>& a, const A* b, int ldb, int rows, int columns, int depth) {
   constexpr int kVectors = kWidth == 16 ? 4 : 2;  // with 4 rows: half the registers there are
   constexpr int kStep = kVectors * Simd<A>::kLanes;
-  for (int k = 0; k < depth; k += kTile) {
-    const int left = depth - k < kTile ? depth - k : kTile;
+  for (int k = 0; k < depth; k += kChain) {
+    const int left = depth - k < kChain ? depth - k : kChain;
     const Left<A> part = {a.data + int64_t(k) * a.column, a.row, a.column};
     const A* right = b + int64_t(k) * ldb;
     int n = 0;
-    for (; n + kStep <= columns; n += kStep) multiply_columns<A, kVectors>(c + n, ldc, part, right + n, ldb, rows, left);
-    for (; n < columns; n += Simd<A>::kLanes) multiply_columns<A, 1>(c + n, ldc, part, right + n, ldb, rows, left);
+    for (; n + kStep <= columns; n += kStep)
+      multiply_columns<A, kVectors>(c + n, ldc, part, right + n, ldb, rows, left);
+    for (; n < columns; n += Simd<A>::kLanes)
+      multiply_columns<A, 1>(c + n, ldc, part, right + n, ldb, rows, left);
   }
 }
 
-// What a row brings to its scores' gradients; see tree_attention_backward.h. Its weights are p = share * exp(s - top).
+// What a row brings to its scores' gradients; see tree_attention_backward.h. Its weights are p = share *
+// exp(s - top).
 template <class A>
 struct RowState {
   A top, share, sink_weight, shift;  // shift = grad_lse - sink_weight * delta
 };
 
-// Over the slots met so far: the largest score, the sum of exp(s - top), and that of exp(s - top) <grad_out, v>.
+// Over the slots met so far: the largest score, the sum of exp(s - top), and that of exp(s - top) <grad_out,
+// v>.
 template <class A>
 struct RowSums {
   A top, weights, products;
 };
 
-// e^x for x <= 80. What x * log2(e) loses to rounding, several ulp of the result for a large |x|, is put back.
+// e^x for x <= 80. What x * log2(e) loses to rounding, several ulp of the result for a large |x|, is put
+// back.
 TRANCHE_INLINE Vec exponential(Vec x) {
   const Vec log2e = vset(kLog2e), y = vmul(x, log2e);
   const Vec lost = vfma(x, vset(1.925963033500e-8f), vfms(x, log2e, y));  // log2(e) - kLog2e
@@ -190,9 +197,10 @@ TRANCHE_INLINE void accumulate_row(const TreeAttentionParams& p, RowSums<double>
   }
 }
 
-// Products <q, k> in `scores` to weights p w, and <grad_out, v> in `gradients` to grad_x; 0 where `visible` has no bit.
-TRANCHE_INLINE void differentiate_row(const TreeAttentionParams& p, const RowState<float>& row, uint64_t visible,
-                                      float* scores, float* gradients) {
+// Products <q, k> in `scores` to weights p w, and <grad_out, v> in `gradients` to grad_x; 0 where `visible`
+// has no bit.
+TRANCHE_INLINE void differentiate_row(const TreeAttentionParams& p, const RowState<float>& row,
+                                      uint64_t visible, float* scores, float* gradients) {
   const Vec zero = vset(0.0f), weight = vset(row.sink_weight), shift = vset(row.shift);
   for (int x = 0; x < kTile; x += kWidth) {
     Vec slope;
@@ -204,8 +212,8 @@ TRANCHE_INLINE void differentiate_row(const TreeAttentionParams& p, const RowSta
   }
 }
 
-TRANCHE_INLINE void differentiate_row(const TreeAttentionParams& p, const RowState<double>& row, uint64_t visible,
-                                      double* scores, double* gradients) {
+TRANCHE_INLINE void differentiate_row(const TreeAttentionParams& p, const RowState<double>& row,
+                                      uint64_t visible, double* scores, double* gradients) {
   for (int x = 0; x < kTile; ++x) {
     if (!(visible >> x & 1)) {
       scores[x] = gradients[x] = 0.0;

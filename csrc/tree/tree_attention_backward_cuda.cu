@@ -29,7 +29,8 @@ bool all_aligned(const TreeAttentionBackwardParams& b, int bytes) {
   const int element = p.q_type == DType::f32 ? 4 : 2;
   uint64_t odd = reinterpret_cast<uintptr_t>(p.q) | reinterpret_cast<uintptr_t>(p.k_cache) |
                  reinterpret_cast<uintptr_t>(p.v_cache) | reinterpret_cast<uintptr_t>(b.grad_out);
-  for (int i = 0; i < 3; ++i) odd |= uint64_t(p.q_stride[i] | p.k_stride[i] | p.v_stride[i]) * uint64_t(element);
+  for (int i = 0; i < 3; ++i)
+    odd |= uint64_t(p.q_stride[i] | p.k_stride[i] | p.v_stride[i]) * uint64_t(element);
   return odd % uint64_t(bytes) == 0;
 }
 
@@ -50,18 +51,20 @@ void run(TreeAttentionBackwardLaunch& plan, void* stream) {
   const dim3 threads(Traits::kThreads), few(kBackwardThreads);
 
   const int64_t row_blocks = (rows + kBackwardThreads / 32 - 1) / (kBackwardThreads / 32);
-  launch("tree_attention_prepare", tree_attention_prepare_kernel<T>, {dim3(blocks(row_blocks)), few}, stream, plan);
+  launch("tree_attention_prepare", tree_attention_prepare_kernel<T>, {dim3(blocks(row_blocks)), few}, stream,
+         plan);
   const dim3 by_rows(blocks(pairs * plan.row_tiles)), by_slots(blocks(pairs * plan.key_tiles));
   if constexpr (sizeof(T) == 4) {
-    launch("tree_attention_sums", tree_attention_sums_kernel<Traits>, {by_rows, threads, Traits::kSmem}, stream, plan);
-  }
-  if (plan.b.grad_q != nullptr) {
-    launch("tree_attention_grad_query", tree_attention_grad_query_kernel<T, Traits>, {by_rows, threads, Traits::kSmem},
+    launch("tree_attention_sums", tree_attention_sums_kernel<Traits>, {by_rows, threads, Traits::kSmem},
            stream, plan);
   }
+  if (plan.b.grad_q != nullptr) {
+    launch("tree_attention_grad_query", tree_attention_grad_query_kernel<T, Traits>,
+           {by_rows, threads, Traits::kSmem}, stream, plan);
+  }
   if (plan.b.grad_k == nullptr) return;
-  launch("tree_attention_grad_cache", tree_attention_grad_cache_kernel<T, Traits>, {by_slots, threads, Traits::kSmem},
-         stream, plan);
+  launch("tree_attention_grad_cache", tree_attention_grad_cache_kernel<T, Traits>,
+         {by_slots, threads, Traits::kSmem}, stream, plan);
   if (plan.slot_k != nullptr) {
     const dim3 by_pages(blocks(int64_t(p.num_pages) * p.heads_kv));
     launch("tree_attention_pages", tree_attention_pages_kernel<T>, {by_pages, few}, stream, plan);
@@ -74,7 +77,8 @@ void run(TreeAttentionBackwardLaunch& plan, void* stream) {
   if (dim <= 64) return run<T, 64>(plan, stream);
   if (dim <= 128) return run<T, 128>(plan, stream);
   if (dim <= 256) return run<T, 256>(plan, stream);
-  throw std::runtime_error("tranche: tree_attention_backward: head sizes up to 256, got " + std::to_string(dim));
+  throw std::runtime_error("tranche: tree_attention_backward: head sizes up to 256, got " +
+                           std::to_string(dim));
 }
 
 }  // namespace
@@ -94,10 +98,14 @@ void tree_attention_backward(const TreeAttentionBackwardParams& params, void* st
   plan.rows_per_head = p.nodes * plan.group;
   plan.aligned = all_aligned(params, p.q_type == DType::f32 ? 16 : 8);
   switch (p.q_type) {
-    case DType::f32: return run<float>(plan, stream);
-    case DType::f16: return run<half>(plan, stream);
-    case DType::bf16: return run<bf16>(plan, stream);
-    default: throw std::runtime_error("tranche: tree_attention_backward: float32, float16 and bfloat16 only");
+    case DType::f32:
+      return run<float>(plan, stream);
+    case DType::f16:
+      return run<half>(plan, stream);
+    case DType::bf16:
+      return run<bf16>(plan, stream);
+    default:
+      throw std::runtime_error("tranche: tree_attention_backward: float32, float16 and bfloat16 only");
   }
 }
 

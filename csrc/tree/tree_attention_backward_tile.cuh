@@ -1,8 +1,9 @@
-// What the kernels of tree_attention's backward pass share: a tile of rows against a tile of slots in shared memory,
-// and products of such tiles.
+// What the kernels of tree_attention's backward pass share: a tile of rows against a tile of slots in shared
+// memory, and products of such tiles.
 //
-// Half and bf16 tiles are 64 x 64 and multiply by mma; fp32 tiles are 32 x 32 and multiply by fma, in the register
-// layout of mma: a thread of group g = lane / 4 and place t = lane % 4 holds rows g and g + 8 of columns 2t, 2t + 1.
+// Half and bf16 tiles are 64 x 64 and multiply by mma; fp32 tiles are 32 x 32 and multiply by fma, in the
+// register layout of mma: a thread of group g = lane / 4 and place t = lane % 4 holds rows g and g + 8 of
+// columns 2t, 2t + 1.
 #pragma once
 
 #include "core/launch.cuh"
@@ -20,18 +21,19 @@ struct BackwardRow {
 // One launch, planned on the host.
 struct TreeAttentionBackwardLaunch {
   TreeAttentionBackwardParams b;
-  BackwardRow* rows;        // [B, N, Hq]
-  int32_t* broken;          // [B, N, Hq]
-  float *slot_k, *slot_v;   // [B, capacity, Hkv, D] under a block table: gradients by slot, before pages are summed
+  BackwardRow* rows;  // [B, N, Hq]
+  int32_t* broken;    // [B, N, Hq]
+  float *slot_k,
+      *slot_v;  // [B, capacity, Hkv, D] under a block table: gradients by slot, before pages are summed
   int32_t group, rows_per_head, row_tiles, key_tiles;
-  bool aligned;             // rows may be loaded four elements at a time
+  bool aligned;  // rows may be loaded four elements at a time
 };
 
 template <class T, int kDim_>
 struct BackwardTraits {
   static constexpr int kDim = kDim_;
   static constexpr int kTile = sizeof(T) == 4 ? 32 : 64;
-  static constexpr int kStrips = kTile / 16;       // of 16 rows
+  static constexpr int kStrips = kTile / 16;         // of 16 rows
   static constexpr int kThreads = 32 * 2 * kStrips;  // two warps per strip
   static constexpr int kPitch = kDim + 16 / int(sizeof(T));
   static constexpr int kScorePitch = kTile + 16 / int(sizeof(T));
@@ -40,10 +42,11 @@ struct BackwardTraits {
   static_assert(kDim % 64 == 0 && kSmem <= 163 * 1024, "shared memory of sm_80");
 };
 
-// ---- products ------------------------------------------------------------------------------------------------
+// ---- products
+// ------------------------------------------------------------------------------------------------
 
-// sum += left right, for 16 rows and 8 kN columns. Memory rows of `left` are its rows, or with kLeftDown its depth;
-// memory rows of `right` are its columns, or with kRightDown its depth.
+// sum += left right, for 16 rows and 8 kN columns. Memory rows of `left` are its rows, or with kLeftDown its
+// depth; memory rows of `right` are its columns, or with kRightDown its depth.
 template <bool kLeftDown, bool kRightDown, class T, int kN>
 __device__ __forceinline__ void product(float (&sum)[kN][4], const T* left, int left_pitch, const T* right,
                                         int right_pitch, int depth) {
@@ -73,8 +76,8 @@ __device__ __forceinline__ void product(float (&sum)[kN][4], const T* left, int 
 
 // In fp32, at most 64 products are summed in a row before they join `sum`.
 template <bool kLeftDown, bool kRightDown, int kN>
-__device__ __forceinline__ void product(float (&sum)[kN][4], const float* left, int left_pitch, const float* right,
-                                        int right_pitch, int depth) {
+__device__ __forceinline__ void product(float (&sum)[kN][4], const float* left, int left_pitch,
+                                        const float* right, int right_pitch, int depth) {
   constexpr int kColumns = kN < 4 ? kN : 4;
   const int lane = int(threadIdx.x % 32), g = lane / 4, t = lane % 4;
   for (int first = 0; first < depth; first += 64) {
@@ -90,7 +93,8 @@ __device__ __forceinline__ void product(float (&sum)[kN][4], const float* left, 
         for (int n = 0; n < kColumns; ++n) {
           const int column = (n0 + n) * 8 + 2 * t;
           const float b0 = kRightDown ? right[k * right_pitch + column] : right[column * right_pitch + k];
-          const float b1 = kRightDown ? right[k * right_pitch + column + 1] : right[(column + 1) * right_pitch + k];
+          const float b1 =
+              kRightDown ? right[k * right_pitch + column + 1] : right[(column + 1) * right_pitch + k];
           part[n][0] = fmaf(a0, b0, part[n][0]);
           part[n][1] = fmaf(a0, b1, part[n][1]);
           part[n][2] = fmaf(a1, b0, part[n][2]);
@@ -106,7 +110,8 @@ __device__ __forceinline__ void product(float (&sum)[kN][4], const float* left, 
   }
 }
 
-// ---- a tile --------------------------------------------------------------------------------------------------
+// ---- a tile
+// --------------------------------------------------------------------------------------------------
 
 // Four neighbours of a row, to shared memory; false if one is not finite.
 template <class T>
@@ -136,12 +141,12 @@ struct BackwardTile {
   const TreeAttentionBackwardLaunch& launch;
   const TreeAttentionParams& p;
   int b, head, nodes, length;
-  int strip, side;  // of the warp
-  T *q, *grad_out, *k, *v;      // [kTile, kPitch]
-  T *weights, *gradients;       // [kTile rows, kScorePitch]
-  uint64_t* visible;            // [kTile] rows
-  BackwardRow* rows;            // [kTile]
-  int32_t *broken, *finite;     // [kTile] rows; [kTile] slots
+  int strip, side;           // of the warp
+  T *q, *grad_out, *k, *v;   // [kTile, kPitch]
+  T *weights, *gradients;    // [kTile rows, kScorePitch]
+  uint64_t* visible;         // [kTile] rows
+  BackwardRow* rows;         // [kTile]
+  int32_t *broken, *finite;  // [kTile] rows; [kTile] slots
 
   __device__ __forceinline__ BackwardTile(const TreeAttentionBackwardLaunch& plan, int pair)
       : launch(plan), p(plan.b.forward), b(pair / p.heads_kv), head(pair % p.heads_kv) {
@@ -168,8 +173,8 @@ struct BackwardTile {
     return (int64_t(b) * p.nodes + row / launch.group) * p.heads_q + head * launch.group + row % launch.group;
   }
 
-  // One memory row per warp and step; `from` is null for rows that are not there. Returns whether it is all finite;
-  // if not, it becomes zeros.
+  // One memory row per warp and step; `from` is null for rows that are not there. Returns whether it is all
+  // finite; if not, it becomes zeros.
   __device__ __forceinline__ bool copy_row(T* to, const T* from) const {
     bool good = true;
     const int lane = int(threadIdx.x % 32);
@@ -216,8 +221,8 @@ struct BackwardTile {
     }
   }
 
-  // What the rows from `row` on see of the slots from `slot` on. Returns whether anything is seen; a barrier, after
-  // which the tiles may be loaded anew.
+  // What the rows from `row` on see of the slots from `slot` on. Returns whether anything is seen; a barrier,
+  // after which the tiles may be loaded anew.
   __device__ __forceinline__ bool see(int row, int slot) const {
     uint64_t bits = 0;
     const int r = int(threadIdx.x);
@@ -254,7 +259,8 @@ struct BackwardTile {
     for (int n = 0; n < kKeyColumns; ++n) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        const int row = strip * 16 + lane / 4 + c / 2 * 8, slot = side * (kTile / 2) + n * 8 + lane % 4 * 2 + c % 2;
+        const int row = strip * 16 + lane / 4 + c / 2 * 8,
+                  slot = side * (kTile / 2) + n * 8 + lane % 4 * 2 + c % 2;
         const bool sees = (visible[row] >> slot & 1) != 0 && finite[slot] != 0;
         f(rows[row], sees, s[n][c], g[n][c]);
         weights[row * kScorePitch + slot] = from_float<T>(s[n][c]);

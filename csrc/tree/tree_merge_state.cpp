@@ -11,7 +11,8 @@ std::tuple<Tensor, Tensor> tree_merge_state(const Tensor& out_a, const Tensor& l
   const TensorChecks check("tree_merge_state");
   check.dim("out_a", out_a, 4, "[B, N, Hq, D]");
 #if defined(TRANCHE_BACKEND_CPU)
-  check.dtype("out_a", out_a, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double});
+  check.dtype("out_a", out_a,
+              {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double});
 #else
   check.dtype("out_a", out_a, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
 #endif

@@ -12,13 +12,16 @@ struct TreeMergeStateTraits {
 };
 
 template <class T>
-__global__ void __launch_bounds__(TreeMergeStateTraits::kThreads) tree_merge_state_kernel(TreeMergeStateParams p) {
+__global__ void __launch_bounds__(TreeMergeStateTraits::kThreads)
+    tree_merge_state_kernel(TreeMergeStateParams p) {
   const int64_t row = int64_t(blockIdx.x) * TreeMergeStateTraits::kRows + threadIdx.x / 32;
   const int lane = int(threadIdx.x % 32);
   if (row >= p.rows) return;
   const int64_t head = row % p.heads, node = row / p.heads % p.nodes, b = row / p.heads / p.nodes;
-  const T* x = static_cast<const T*>(p.out_a) + b * p.a_stride[0] + node * p.a_stride[1] + head * p.a_stride[2];
-  const T* y = static_cast<const T*>(p.out_b) + b * p.b_stride[0] + node * p.b_stride[1] + head * p.b_stride[2];
+  const T* x =
+      static_cast<const T*>(p.out_a) + b * p.a_stride[0] + node * p.a_stride[1] + head * p.a_stride[2];
+  const T* y =
+      static_cast<const T*>(p.out_b) + b * p.b_stride[0] + node * p.b_stride[1] + head * p.b_stride[2];
   T* out = static_cast<T*>(p.out) + row * p.head_dim;
   const float infinity = __builtin_inff(), nan = bits_float(0x7fffffffu);
   const float lse_a = p.lse_a[row], lse_b = p.lse_b[row];

@@ -25,8 +25,10 @@ template <class T>
 void merge_row(const TreeMergeStateParams& p, int64_t row) {
   using A = typename Computed<T>::type;
   const int64_t head = row % p.heads, node = row / p.heads % p.nodes, b = row / p.heads / p.nodes;
-  const T* x = static_cast<const T*>(p.out_a) + b * p.a_stride[0] + node * p.a_stride[1] + head * p.a_stride[2];
-  const T* y = static_cast<const T*>(p.out_b) + b * p.b_stride[0] + node * p.b_stride[1] + head * p.b_stride[2];
+  const T* x =
+      static_cast<const T*>(p.out_a) + b * p.a_stride[0] + node * p.a_stride[1] + head * p.a_stride[2];
+  const T* y =
+      static_cast<const T*>(p.out_b) + b * p.b_stride[0] + node * p.b_stride[1] + head * p.b_stride[2];
   T* out = static_cast<T*>(p.out) + row * p.head_dim;
   const float lse_a = p.lse_a[row], lse_b = p.lse_b[row];
   if (lse_a == -kInf || lse_b == -kInf) {
@@ -68,11 +70,16 @@ void merge(const TreeMergeStateParams& p) {
 
 void tree_merge_state(const TreeMergeStateParams& p) {
   switch (p.type) {
-    case DType::f64: return merge<double>(p);
-    case DType::f32: return merge<float>(p);
-    case DType::f16: return merge<half>(p);
-    case DType::bf16: return merge<bf16>(p);
-    default: return;
+    case DType::f64:
+      return merge<double>(p);
+    case DType::f32:
+      return merge<float>(p);
+    case DType::f16:
+      return merge<half>(p);
+    case DType::bf16:
+      return merge<bf16>(p);
+    default:
+      return;
   }
 }
 

@@ -10,10 +10,14 @@ void tree_merge_state(const TreeMergeStateParams& p, void* stream) {
   }
   const LaunchShape shape{dim3(unsigned(blocks)), dim3(TreeMergeStateTraits::kThreads)};
   switch (p.type) {
-    case DType::f32: return launch("tree_merge_state", tree_merge_state_kernel<float>, shape, stream, p);
-    case DType::f16: return launch("tree_merge_state", tree_merge_state_kernel<half>, shape, stream, p);
-    case DType::bf16: return launch("tree_merge_state", tree_merge_state_kernel<bf16>, shape, stream, p);
-    default: throw std::runtime_error("tranche: tree_merge_state: float32, float16 and bfloat16 only");
+    case DType::f32:
+      return launch("tree_merge_state", tree_merge_state_kernel<float>, shape, stream, p);
+    case DType::f16:
+      return launch("tree_merge_state", tree_merge_state_kernel<half>, shape, stream, p);
+    case DType::bf16:
+      return launch("tree_merge_state", tree_merge_state_kernel<bf16>, shape, stream, p);
+    default:
+      throw std::runtime_error("tranche: tree_merge_state: float32, float16 and bfloat16 only");
   }
 }
 
