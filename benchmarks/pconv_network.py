@@ -86,7 +86,6 @@ def row(name: str, batch: int, dtype: str, device: str) -> Row:
         math=dtype,
         build=build,
         bars={"best": BARS[name]} if device == "cpu" and dtype == "fp32" and name in BARS else {},
-        quick=name == "t0" and batch == 1 and dtype == "fp32",
         images=batch,
     )
 

@@ -45,7 +45,10 @@ std::string ask_addr2line(const char* library, uintptr_t offset) {
 
 std::string short_path(const std::string& path) {
   static const std::string root = TRANCHE_SIM_ROOT;
-  return path.compare(0, root.size(), root) == 0 ? path.substr(root.size()) : path;
+  if (path.compare(0, root.size(), root) == 0) return path.substr(root.size());
+  // a compiler cache may have made the path relative to the build's folder
+  const size_t source = path.compare(0, 3, "../") == 0 ? path.rfind("/csrc/") : std::string::npos;
+  return source == std::string::npos ? path : path.substr(source + 1);
 }
 
 std::string source_line(uintptr_t return_address) {
