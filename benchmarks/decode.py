@@ -1,8 +1,8 @@
 """Rows of `decode`: whole calls of `generate` against plain decoding by the same loop, and the loop's bookkeeping.
 
-The model is the byte-level Llama of `tranche.byte_llama`, which is trained first where it is not cached (minutes: no row
-is among the quick ones), widened until every pass reads its weights from memory; the
-text is a held-out source file. A row's error is the number of tokens that differ from plain decoding.
+The model is the byte-level Llama of `tranche.byte_llama`, widened until every pass reads its weights from memory. It is
+trained first where it is not cached, which takes minutes: no row is among the quick ones. The text is a held-out source
+file. A row's error is the number of tokens that differ from plain decoding.
 """
 
 from __future__ import annotations

@@ -146,8 +146,8 @@ def measure(row: Row, family: str, device: str, wanted: set[str] | None, repeats
 
 
 def _pattern(name: str) -> str:
-    """A regular expression for one name; spaces need no escape, whatever `re.escape` does."""
-    return re.escape(name).replace("\\ ", " ")
+    """A regular expression for one name; spaces and hyphens need no escape, whatever `re.escape` does."""
+    return re.escape(name).replace("\\ ", " ").replace("\\-", "-")
 
 
 def run(

@@ -21,7 +21,14 @@ ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- results: (\S+) (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 HEADLINE_BLOCK = re.compile(r"(<!-- headline: (\S+) -->\n).*?(<!-- end of headline -->)", re.DOTALL)
-HEADLINE = (r"^tree_attention llama-3-8b B1 N60 L(2048|16384) (bf16|fp32)$",)
+HEADLINE = (
+    r"^tree_attention llama-3-8b B1 N60 L(2048|16384) (bf16|fp32)$",
+    r"^tree_verify_sample llama-3 B8 N64 V128256 fp32$",
+    r"^moe_draft jakiro H4096 T10 bf16$",
+    r"^bits_linear llama-3-8b.o M(8|64) 8bit bf16$",
+    r"^pconv_conv2d bar 8x64x56x56 nhwc fp32$",
+    r"^decode_generate ngram .* \+48 bf16$",
+)
 
 
 def table(machine: str, op: str) -> str:
