@@ -36,7 +36,7 @@ def tokens_per_pass(
     model: PreTrainedModel, drafter: Drafter, prompts: Tensor, new_tokens: int, temperature: float, seed: int
 ) -> float:
     """With every tree as large as 60 nodes, whatever they cost."""
-    drafter.chooses_size = True  # type: ignore[attr-defined]
+    drafter.chooses_size = True
     settings = {"max_new_tokens": new_tokens, "eos_token_id": None, "tree_size": 60}
     told = generate(model, drafter, prompts, temperature=temperature, seed=1000 * seed, **settings).statistics
     if told.drafter_error is not None:

@@ -212,6 +212,10 @@ def test_more_tokens_than_positions(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            {"eos_token_id": "12"},
+            "expected eos_token_id 'model', a token, tokens or None, got '12'. Give its number.",
+        ),
         ({"input_ids": torch.zeros(3, dtype=torch.int64)}, r"expected input_ids int64 of shape \[B, T\]"),
         ({"input_ids": torch.full((1, 3), 64)}, r"expected input_ids in \[0, 64\), got \[64\]"),
         ({"attention_mask": torch.ones(1, 2)}, "expected attention_mask of input_ids' shape"),

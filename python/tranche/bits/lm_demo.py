@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -59,11 +60,11 @@ class Findings:
 
 
 @torch.no_grad()
-def _with_weights(model: nn.Module, rounding: object, bits: int) -> nn.Module:
+def _with_weights(model: nn.Module, rounding: Callable[[Tensor, int], Tensor], bits: int) -> nn.Module:
     made = copy.deepcopy(model)
     for name, module in made.named_modules():
         if isinstance(module, nn.Linear) and name not in SKIP:
-            module.weight.copy_(rounding(module.weight, bits))  # type: ignore[operator]
+            module.weight.copy_(rounding(module.weight, bits))
     return made
 
 

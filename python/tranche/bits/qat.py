@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,8 @@ class _QAT(Switchable):
 
     def __init__(self, module: nn.Linear | nn.Conv2d, precisions: Sequence[int], activations: Activations):
         super().__init__()
-        self.register_parameter("weight", module.weight)  # type: ignore[arg-type]
-        self.register_parameter("bias", module.bias)  # type: ignore[arg-type]
+        self.register_parameter("weight", cast(nn.Parameter, module.weight))
+        self.register_parameter("bias", cast("nn.Parameter | None", module.bias))
         _, scale = quantize(self.weight.detach().flatten(1))
         self.scale = nn.Parameter(scale)
         self.activation_bits = activations if activations == 8 else None

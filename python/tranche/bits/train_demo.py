@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tranche.bits.allocation import allocate_bits, hessian_traces, weight_errors
-from tranche.bits.qat import calibrate, prepare_qat
+from tranche.bits.qat import Activations, calibrate, prepare_qat
 from tranche.bits.switch import at_bits
 from tranche.bits.training import ALRS, HASBSampler, JointTrainer, scale_parameters
 
@@ -136,8 +136,8 @@ def make_trainer(
 
 def quantized(model: nn.Module, data: Data, precisions: Sequence[int], settings: Settings) -> nn.Module:
     """A copy prepared for training, its learned grids started."""
-    activations = {"learned": "learned", "8": 8, "none": None}[settings.activations]
-    made = prepare_qat(copy.deepcopy(model), precisions=precisions, activations=activations)  # type: ignore[arg-type]
+    choices: dict[str, Activations] = {"learned": "learned", "8": 8, "none": None}
+    made = prepare_qat(copy.deepcopy(model), precisions=precisions, activations=choices[settings.activations])
     calibrate(made, data[0][:256], precisions)
     return made.train()
 
@@ -169,7 +169,7 @@ def train_joint(
 def layer_traces(model: nn.Module, data: Data) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Hessian traces of the quantized layers' weights, and those weights, by block."""
     model.eval()
-    weights = {name: model.get_submodule(name)[0].weight for name in BLOCKS}  # type: ignore[index]
+    weights: dict[str, Tensor] = {name: model.get_parameter(f"{name}.0.weight") for name in BLOCKS}
     return hessian_traces(cross_entropy(model, (data[0][:512], data[1][:512])), weights), weights
 
 

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tranche import corpus
@@ -43,9 +44,10 @@ def load_or_train_head(
     home = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tranche")
     text = corpus.standard_library("train")
     weight = model.get_output_embeddings().weight
+    assert isinstance(weight, Tensor)
     identity = hashlib.sha256(repr((_FORMAT, recipe, mlp)).encode())
     identity.update(text.numpy().tobytes())
-    identity.update(weight.detach().cpu().numpy().tobytes())  # type: ignore[operator, union-attr]
+    identity.update(weight.detach().cpu().numpy().tobytes())
     path = home / f"jakiro-head-{identity.hexdigest()[:16]}"
     if not path.exists():
         checkpoint = path.with_suffix(".training")

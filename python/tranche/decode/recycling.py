@@ -82,13 +82,14 @@ class RecyclingDrafter:
             levels = []
             for depth in range(1, max(self._depths[:nodes]) + 1):
                 level = [node for node in range(nodes) if self._depths[node] == depth]
-                parents, ranks = (
-                    [self._parents[node] for node in level],
-                    [self._ranks[node] for node in level],
+                parents = [self._parents[node] for node in level]
+                ranks = [self._ranks[node] for node in level]
+                nodes_of, parents_of, ranks_of = (
+                    torch.tensor(p, device=device) for p in (level, parents, ranks)
                 )
-                levels.append(tuple(torch.tensor(part, device=device) for part in (level, parents, ranks)))
+                levels.append((nodes_of, parents_of, ranks_of))
             parent = torch.tensor([self._parents[:nodes]], dtype=torch.int32, device=device)
-            self._templates[nodes] = parent, levels  # type: ignore[assignment]
+            self._templates[nodes] = parent, levels
         return self._templates[nodes]
 
     def propose(self, context: Context) -> tuple[Tree, Tensor]:

@@ -44,7 +44,11 @@ def _end_tokens(model: PreTrainedModel, given: int | Sequence[int] | str | None)
         given = model.config.get_text_config().eos_token_id if given is None else given
     if given is None:
         return []
-    return [given] if isinstance(given, int) else [int(token) for token in given]  # type: ignore[union-attr]
+    if isinstance(given, str):
+        raise ValueError(
+            f"tranche.generate: expected eos_token_id 'model', a token, tokens or None, got {given!r}. Give its number."
+        )
+    return [given] if isinstance(given, int) else [int(token) for token in given]
 
 
 def _padding(model: PreTrainedModel, ends: list[int]) -> int:

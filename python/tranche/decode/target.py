@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,16 +117,16 @@ def obstacles(model: PreTrainedModel) -> list[str]:
     return found
 
 
-def _own_norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
+def _own_norm(module: Any) -> Callable[[Tensor], Tensor]:
     def norm(x: Tensor) -> Tensor:
-        return rows.rms_norm(x, module.weight, module.variance_epsilon)  # type: ignore[arg-type]
+        return rows.rms_norm(x, module.weight, module.variance_epsilon)
 
     return norm
 
 
-def _own_mlp(module: nn.Module) -> Callable[[Tensor], Tensor]:
+def _own_mlp(module: Any) -> Callable[[Tensor], Tensor]:
     def mlp(x: Tensor) -> Tensor:
-        return module.down_proj(rows.silu_mul(module.gate_proj(x), module.up_proj(x)))  # type: ignore[operator]
+        return module.down_proj(rows.silu_mul(module.gate_proj(x), module.up_proj(x)))
 
     return mlp
 

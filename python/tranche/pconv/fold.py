@@ -40,15 +40,16 @@ def _conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     folded = nn.Conv2d(
         conv.in_channels,
         conv.out_channels,
-        conv.kernel_size,  # type: ignore[arg-type]
-        conv.stride,  # type: ignore[arg-type]
+        (conv.kernel_size[0], conv.kernel_size[1]),
+        (conv.stride[0], conv.stride[1]),
         device=conv.weight.device,
         dtype=conv.weight.dtype,
     )
-    folded.weight.copy_(conv.weight.double() * scale[:, None, None, None])
+    weight = conv.weight.double() * scale[:, None, None, None]
+    folded.weight = nn.Parameter(weight.to(conv.weight.dtype, memory_format=torch.channels_last))
     assert folded.bias is not None
     folded.bias.copy_(shift if conv.bias is None else shift + scale * conv.bias.double())
-    return folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return folded
 
 
 class FoldedGate(nn.Module):
