@@ -50,7 +50,6 @@ def test_no_token_differs(configuration, sampling, batch):
     """4 configurations x 2 x (2 calls of 8 and 8 of 1) x 256 tokens x 6 drafters: 295 thousand tokens compared."""
     model = trained(configuration)
     settings = SAMPLING[sampling] | {"max_new_tokens": NEW}
-    compared = mismatches = 0
     texts = held_out_prompts(16 if batch == 8 else 8, 96)
     for prompts in texts.split(batch):
         mask = torch.ones_like(prompts)
@@ -61,10 +60,6 @@ def test_no_token_differs(configuration, sampling, batch):
             made = text_of(model, drafter, prompts, mask, settings)
             differ = mismatches_of(made, plain)
             assert differ == 0, f"{name}: {differ} tokens differ"
-            compared += batch * NEW
-            mismatches += differ
-    assert mismatches == 0
-    assert compared >= 12_000
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
