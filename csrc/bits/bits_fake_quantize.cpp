@@ -11,10 +11,10 @@ BitsFakeQuantizeParams checked(const TensorChecks& check, const Tensor& w, const
   check_float(check, "w", w);
   check.dim("w", w, 2, "[O, I]");
   check.contiguous("w", w);
-  check.that(stored_bits >= 2 && stored_bits <= 8, "stored_bits in 2 to 8", concat(stored_bits),
+  check.that(stored_bits >= 2 && stored_bits <= 8, "stored_bits in 2 to 8", stored_bits,
              "At most eight bits are stored; two are the fewest of a signed code.");
-  check.that(bits >= 2 && bits <= stored_bits, concat("bits in 2 to stored_bits (", stored_bits, ")"),
-             concat(bits), "Rounding only ever takes bits away.");
+  check.that(bits >= 2 && bits <= stored_bits, concat("bits in 2 to stored_bits (", stored_bits, ")"), bits,
+             "Rounding only ever takes bits away.");
   check_learned(check, "scale", scale, "w", w);
   check.that(scale.dim() == 1 || scale.dim() == 2, "scale of shape [O] or [O, groups]", shape_text(scale),
              "One scale a channel, or one a group of its inputs.");
@@ -23,7 +23,7 @@ BitsFakeQuantizeParams checked(const TensorChecks& check, const Tensor& w, const
   params.rows = w.size(0);
   params.groups = scale.dim() == 1 ? 1 : scale.size(1);
   check.that(params.groups > 0 && w.size(1) % params.groups == 0,
-             concat("scale.size(1) that divides w.size(1) (", w.size(1), ")"), concat(params.groups),
+             concat("scale.size(1) that divides w.size(1) (", w.size(1), ")"), params.groups,
              "Give every group as many inputs.");
   params.group_size = w.size(1) / params.groups;
   params.w = w.const_data_ptr();

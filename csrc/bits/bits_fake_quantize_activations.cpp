@@ -10,7 +10,7 @@ BitsFakeQuantizeActivationsParams checked(const TensorChecks& check, const Tenso
                                           const std::optional<Tensor>& zero, int64_t bits) {
   check_float(check, "x", x);
   check.contiguous("x", x);
-  check.that(bits >= 1 && bits <= 8, "bits in 1 to 8", concat(bits), "Activations are codes of a byte.");
+  check.that(bits >= 1 && bits <= 8, "bits in 1 to 8", bits, "Activations are codes of a byte.");
   check_learned(check, "scale", scale, "x", x);
   check.that(scale.numel() == 1, "scale of one element", shape_text(scale), "One scale serves a tensor.");
   if (zero) {

@@ -2,6 +2,7 @@
 #include "bits/bits_fake_quantize_activations.h"
 
 #include "bits/fake_quantize_cpu.h"
+#include "core/dispatch.h"
 #include "core/isa.h"
 #include "core/parallel.h"
 
@@ -66,16 +67,8 @@ void all_chunks(const BitsFakeQuantizeActivationsParams& p) {
 }  // namespace
 
 void bits_fake_quantize_activations(const BitsFakeQuantizeActivationsParams& p) {
-  switch (p.type) {
-    case DType::f64:
-      return all_chunks<double>(p);
-    case DType::f16:
-      return all_chunks<half>(p);
-    case DType::bf16:
-      return all_chunks<bf16>(p);
-    default:
-      return all_chunks<float>(p);
-  }
+  with_type<double, float, half, bf16>("bits_fake_quantize_activations", p.type,
+                                       [&](auto t) { all_chunks<decltype(t)>(p); });
 }
 
 }  // namespace tranche::cpu::TRANCHE_ISA

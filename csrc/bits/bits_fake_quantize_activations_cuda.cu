@@ -1,5 +1,7 @@
 #include "bits/bits_fake_quantize_activations.cuh"
 
+#include "core/dispatch.h"
+
 namespace tranche::cuda {
 
 namespace {
@@ -22,16 +24,8 @@ void launch_type(const BitsFakeQuantizeActivationsParams& p, void* stream) {
 }  // namespace
 
 void bits_fake_quantize_activations(const BitsFakeQuantizeActivationsParams& p, void* stream) {
-  switch (p.type) {
-    case DType::f64:
-      return launch_type<double>(p, stream);
-    case DType::f16:
-      return launch_type<half>(p, stream);
-    case DType::bf16:
-      return launch_type<bf16>(p, stream);
-    default:
-      return launch_type<float>(p, stream);
-  }
+  with_type<double, float, half, bf16>("bits_fake_quantize_activations", p.type,
+                                       [&](auto t) { launch_type<decltype(t)>(p, stream); });
 }
 
 }  // namespace tranche::cuda

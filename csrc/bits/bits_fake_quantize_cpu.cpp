@@ -2,6 +2,7 @@
 #include "bits/bits_fake_quantize.h"
 
 #include "bits/fake_quantize_cpu.h"
+#include "core/dispatch.h"
 #include "core/isa.h"
 #include "core/parallel.h"
 
@@ -58,16 +59,8 @@ void all_groups(const BitsFakeQuantizeParams& p) {
 }  // namespace
 
 void bits_fake_quantize(const BitsFakeQuantizeParams& p) {
-  switch (p.type) {
-    case DType::f64:
-      return all_groups<double>(p);
-    case DType::f16:
-      return all_groups<half>(p);
-    case DType::bf16:
-      return all_groups<bf16>(p);
-    default:
-      return all_groups<float>(p);
-  }
+  with_type<double, float, half, bf16>("bits_fake_quantize", p.type,
+                                       [&](auto t) { all_groups<decltype(t)>(p); });
 }
 
 }  // namespace tranche::cpu::TRANCHE_ISA

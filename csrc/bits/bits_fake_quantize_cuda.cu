@@ -1,5 +1,7 @@
 #include "bits/bits_fake_quantize.cuh"
 
+#include "core/dispatch.h"
+
 namespace tranche::cuda {
 
 namespace {
@@ -18,16 +20,8 @@ void launch_type(const BitsFakeQuantizeParams& p, void* stream) {
 }  // namespace
 
 void bits_fake_quantize(const BitsFakeQuantizeParams& p, void* stream) {
-  switch (p.type) {
-    case DType::f64:
-      return launch_type<double>(p, stream);
-    case DType::f16:
-      return launch_type<half>(p, stream);
-    case DType::bf16:
-      return launch_type<bf16>(p, stream);
-    default:
-      return launch_type<float>(p, stream);
-  }
+  with_type<double, float, half, bf16>("bits_fake_quantize", p.type,
+                                       [&](auto t) { launch_type<decltype(t)>(p, stream); });
 }
 
 }  // namespace tranche::cuda

@@ -16,7 +16,7 @@ void check_x(const TensorChecks& check, const Tensor& x, const Tensor& data, con
   check.equal("x.size(-1)", x.size(1), "in_features", w.in_features, "Inputs meet the weight's columns.");
   check.last_contiguous("x", x);
   check.that(!integers || w.in_features <= kMostIntegerInputs,
-             concat("at most ", kMostIntegerInputs, " inputs to sum in 32 bits"), concat(w.in_features),
+             concat("at most ", kMostIntegerInputs, " inputs to sum in 32 bits"), w.in_features,
              "Split the inputs, or leave activation_bits out.");
 }
 
@@ -59,8 +59,7 @@ Tensor bits_linear(const Tensor& x, const Tensor& data, const Tensor& scale, int
   params.w = packed_weight(check, data, out_features, in_features, layout, bits);
   params.groups = check_scale(check, scale, params.w, data);
   check.that(!activation_bits || *activation_bits == 8, "activation_bits None or 8",
-             activation_bits ? concat(*activation_bits) : "",
-             "Activations are quantized to 8 bits, or not at all.");
+             activation_bits ? *activation_bits : 0, "Activations are quantized to 8 bits, or not at all.");
   check.dtype("x", x, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
   check_x(check, x, data, params.w, activation_bits.has_value());
   if (bias) check.exactly("bias", *bias, ScalarType::Float, {out_features}, "[O]", "x", x);

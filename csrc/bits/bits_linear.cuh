@@ -40,7 +40,6 @@ __device__ __forceinline__ void finish_output(const BitsLinearLaunch& k, int64_t
 }
 
 // ---- integer activations
-// ------------------------------------------------------------------------------------
 
 // Adds tiles [begin, end) of a row of tiles to sums: chunks first, first + step, ... of 4 tiles.
 template <int slices, int columns>
@@ -150,7 +149,6 @@ __global__ void __launch_bounds__(32 * kLinearWarps) bits_linear_group_kernel(Bi
 }
 
 // ---- float activations
-// --------------------------------------------------------------------------------------
 
 // x as floats, padded with zeros: one row a block.
 __global__ void __launch_bounds__(256) bits_linear_widen_kernel(BitsLinearLaunch k) {

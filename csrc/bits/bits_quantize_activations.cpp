@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor, Tensor> bits_quantize_activations(const Tensor& x) {
   check.dim("x", x, 2, "[M, I]");
   check.dtype("x", x, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
   check.last_contiguous("x", x);
-  check.that(x.size(1) <= INT32_MAX / 128, concat("x.size(-1) <= ", INT32_MAX / 128), concat(x.size(1)),
+  check.that(x.size(1) <= INT32_MAX / 128, concat("x.size(-1) <= ", INT32_MAX / 128), x.size(1),
              "Longer rows overflow row_sum.");
   const int64_t rows = x.size(0), inputs = x.size(1);
   Tensor codes = empty_on(x, {rows, inputs}, ScalarType::Char);

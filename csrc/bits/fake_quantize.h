@@ -8,16 +8,6 @@
 
 namespace tranche {
 
-// Floats are stored in other types too; doubles only as themselves.
-template <class T>
-struct compute_type {
-  using type = float;
-};
-template <>
-struct compute_type<double> {
-  using type = double;
-};
-
 // To an integer, half to even, for |v| < 2^22: the sum with 1.5 * 2^(mantissa bits) has no fraction. NaN
 // stays.
 TRANCHE_HD float round_even(float v) { return (v + 12582912.0f) - 12582912.0f; }

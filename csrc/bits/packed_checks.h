@@ -7,7 +7,7 @@
 namespace tranche {
 
 inline void check_bits(const TensorChecks& check, int64_t bits) {
-  check.that(bits >= 2 && bits <= 8, "bits in {2, 3, 4, 5, 6, 7, 8}", concat(bits),
+  check.that(bits >= 2 && bits <= 8, "bits in {2, 3, 4, 5, 6, 7, 8}", bits,
              "Eight bits are stored; two are the fewest that a signed code can round to.");
 }
 
@@ -25,10 +25,10 @@ inline PackedWeight packed_weight(const TensorChecks& check, const Tensor& data,
   check.that(layout == kLayoutGuardedPlanes || plain,
              concat("layout ", kLayoutGuardedPlanes, " (guarded planes) or ", kLayoutPlain + 2, " to ",
                     kLayoutPlain + 8, " (plain codes)"),
-             concat(layout), "Another version packed this weight: unpack it there, and pack its codes here.");
+             layout, "Another version packed this weight: unpack it there, and pack its codes here.");
   check.that(!plain || layout == kLayoutPlain + bits,
-             concat("bits == ", layout - kLayoutPlain, ", for which the weight was materialized"),
-             concat(bits), "Keep the packed weight for the other precisions.");
+             concat("bits == ", layout - kLayoutPlain, ", for which the weight was materialized"), bits,
+             "Keep the packed weight for the other precisions.");
   check.dtype("data", data, {ScalarType::Byte});
   check.dim("data", data, 1, "[bytes]");
   check.contiguous("data", data);
@@ -37,7 +37,7 @@ inline PackedWeight packed_weight(const TensorChecks& check, const Tensor& data,
   check.that(data.size(0) == packed_bytes(out_features, in_features),
              concat("data of ", packed_bytes(out_features, in_features), " bytes for ", out_features, " x ",
                     in_features, " codes"),
-             concat(data.size(0)), "Pass what tranche.bits.pack made of codes of this shape.");
+             data.size(0), "Pass what tranche.bits.pack made of codes of this shape.");
   check.that(reinterpret_cast<uintptr_t>(data.const_data_ptr()) % 16 == 0, "data aligned to 16 bytes",
              "a view that is not", "Call data.clone().");
   PackedWeight w{};
@@ -67,7 +67,7 @@ inline int64_t check_scale(const TensorChecks& check, const Tensor& scale, const
   check.that(
       whole,
       concat("scale.size(1) that cuts ", w.in_features, " inputs into groups of a multiple of ", kTileInputs),
-      concat(groups), "Quantize with group_size a multiple of 32 that divides in_features.");
+      groups, "Quantize with group_size a multiple of 32 that divides in_features.");
   return groups;
 }
 

@@ -9,9 +9,9 @@ namespace {
 
 Tensor limit_math(const Tensor& like, int64_t kind, int64_t iterations) {
   const TensorChecks check("limit_math");
-  check.that(kind >= 0 && kind <= int64_t(MathKind::int8), "kind 0 (fp32), 1 (bf16) or 2 (int8)",
-             concat(kind), "Name one of these.");
-  check.that(iterations > 0, "iterations > 0", concat(iterations), "Ask for some work.");
+  check.that(kind >= 0 && kind <= int64_t(MathKind::int8), "kind 0 (fp32), 1 (bf16) or 2 (int8)", kind,
+             "Name one of these.");
+  check.that(iterations > 0, "iterations > 0", iterations, "Ask for some work.");
   LimitMathParams params{};
 #if defined(TRANCHE_BACKEND_CPU)
   params.parts = num_threads();

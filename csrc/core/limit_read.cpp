@@ -13,7 +13,7 @@ Tensor limit_read(const Tensor& buffer) {
   check.dim("buffer", buffer, 1, "[words]");
   check.dtype("buffer", buffer, {ScalarType::Long});
   check.contiguous("buffer", buffer);
-  check.that(buffer.size(0) % kLineWords == 0, "buffer.size(0) a multiple of 8", concat(buffer.size(0)),
+  check.that(buffer.size(0) % kLineWords == 0, "buffer.size(0) a multiple of 8", buffer.size(0),
              "Read whole cache lines.");
   check.that(reinterpret_cast<uintptr_t>(buffer.const_data_ptr()) % 64 == 0, "a 64-byte aligned buffer",
              "another address", "Pass a whole allocation.");

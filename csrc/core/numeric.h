@@ -56,6 +56,16 @@ struct dtype_of<e4m3> {
   static constexpr DType value = DType::e4m3;
 };
 
+// The type that sums of T are kept in.
+template <class T>
+struct compute_type {
+  using type = float;
+};
+template <>
+struct compute_type<double> {
+  using type = double;
+};
+
 TRANCHE_HD uint32_t float_bits(float x) {
   uint32_t u;
   memcpy(&u, &x, sizeof u);

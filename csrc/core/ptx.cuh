@@ -17,7 +17,6 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 }
 
 // ---- named barriers
-// -----------------------------------------------------------------------------------------
 
 // Barriers 1 to 15 of a block, for `count` of its threads (whole warps): sync waits for the others, arrive
 // only counts. What a thread did before either is seen by those who wait.
@@ -55,7 +54,6 @@ __device__ __forceinline__ void cp_async_wait() {
 }
 
 // ---- 8x8 matrices of 16-bit elements between shared memory and registers
-// -----------------------------------
 
 // Lane l gives the address of one 16-byte row: row l%8 of matrix l/8.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
@@ -88,7 +86,6 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* 
 }
 
 // ---- d = a * b + d, a row-major, b column-major, one warp
-// ---------------------------------------------------
 
 // T (half or bf16) is named by the caller: the registers hold pairs of either.
 template <class T>
@@ -181,7 +178,6 @@ __device__ __forceinline__ void mma_m16n8k16<uint8_t>(int32_t (&d)[4], const uin
 }
 
 // ---- conversions and arithmetic
-// ------------------------------------------------------------------------------
 
 // Two floats as a pair of T, `low` in the low half, round to nearest even.
 template <class T>
@@ -236,7 +232,6 @@ __device__ __forceinline__ int opaque(int x) {
 }
 
 // ---- kernels that overlap on a stream
-// ----------------------------------------------------------------------------
 
 // In a kernel launched with overlaps_previous: waits until the kernel before it has ended and its writes are
 // seen. Elsewhere it returns at once.
@@ -254,7 +249,6 @@ __device__ __forceinline__ void grid_launch_dependents() {
 }
 
 // ---- global memory
-// -------------------------------------------------------------------------------------------
 
 // 16 bytes that nobody writes while the kernel runs, read past L1 so that streams do not displace it.
 __device__ __forceinline__ uint4 load_streaming_16(const void* global) {

@@ -12,8 +12,7 @@ Tensor row_rms_norm(const Tensor& x, const Tensor& weight, double epsilon) {
   check.dtype("x", x, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
   check.last_contiguous("x", x);
   check.exactly("weight", weight, x.scalar_type(), {x.size(1)}, "[H]", "x", x);
-  check.that(epsilon >= 0.0 && epsilon < 1e30, "epsilon >= 0", concat(epsilon),
-             "Use the model's, such as 1e-6.");
+  check.that(epsilon >= 0.0 && epsilon < 1e30, "epsilon >= 0", epsilon, "Use the model's, such as 1e-6.");
 
   Tensor out = empty_on(x, {x.size(0), x.size(1)}, x.scalar_type());
   if (out.numel() == 0) return out;

@@ -1,6 +1,7 @@
 // Two passes over a row: sums of squares in 64 lanes, added up in the order of the lanes, then the products.
 #include "core/row_rms_norm.h"
 
+#include "core/dispatch.h"
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "core/simd.h"
@@ -58,16 +59,7 @@ void norm(const RowRmsNormParams& p) {
 }  // namespace
 
 void row_rms_norm(const RowRmsNormParams& p) {
-  switch (p.type) {
-    case DType::f32:
-      return norm<float>(p);
-    case DType::f16:
-      return norm<half>(p);
-    case DType::bf16:
-      return norm<bf16>(p);
-    default:
-      return;
-  }
+  with_type<float, half, bf16>("row_rms_norm", p.type, [&](auto t) { norm<decltype(t)>(p); });
 }
 
 }  // namespace tranche::cpu::TRANCHE_ISA

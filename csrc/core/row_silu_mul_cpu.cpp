@@ -1,5 +1,6 @@
 // Blocks of a row, the last one padded: an element meets the same instructions wherever it stands.
 #include "core/activation_cpu.h"
+#include "core/dispatch.h"
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "core/row_silu_mul.h"
@@ -45,16 +46,7 @@ void silu_mul(const RowSiluMulParams& p) {
 }  // namespace
 
 void row_silu_mul(const RowSiluMulParams& p) {
-  switch (p.type) {
-    case DType::f32:
-      return silu_mul<float>(p);
-    case DType::f16:
-      return silu_mul<half>(p);
-    case DType::bf16:
-      return silu_mul<bf16>(p);
-    default:
-      return;
-  }
+  with_type<float, half, bf16>("row_silu_mul", p.type, [&](auto t) { silu_mul<decltype(t)>(p); });
 }
 
 }  // namespace tranche::cpu::TRANCHE_ISA

@@ -1,5 +1,7 @@
 #include "core/row_silu_mul.cuh"
 
+#include "core/dispatch.h"
+
 namespace tranche::cuda {
 
 void row_silu_mul(const RowSiluMulParams& p, void* stream) {
@@ -11,16 +13,9 @@ void row_silu_mul(const RowSiluMulParams& p, void* stream) {
   }
   const int64_t rows = p.rows < INT32_MAX ? p.rows : INT32_MAX;
   const LaunchShape shape{dim3(unsigned(rows), unsigned(parts)), dim3(unsigned(kThreads))};
-  switch (p.type) {
-    case DType::f32:
-      return launch("row_silu_mul", row_silu_mul_kernel<float>, shape, stream, p);
-    case DType::f16:
-      return launch("row_silu_mul", row_silu_mul_kernel<half>, shape, stream, p);
-    case DType::bf16:
-      return launch("row_silu_mul", row_silu_mul_kernel<bf16>, shape, stream, p);
-    default:
-      throw std::runtime_error("tranche: row_silu_mul: float32, float16 and bfloat16 only");
-  }
+  with_type<float, half, bf16>("row_silu_mul", p.type, [&](auto t) {
+    launch("row_silu_mul", row_silu_mul_kernel<decltype(t)>, shape, stream, p);
+  });
 }
 
 }  // namespace tranche::cuda

@@ -37,15 +37,19 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // ---- reading tensors
-// ----------------------------------------------------------------------------------------
 
-inline std::string shape_text(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << "]";
-  return text.str();
-}
+// A tensor's sizes as Python prints them, read when a message is written.
+struct ShapeText {
+  const Tensor& tensor;
+
+  friend std::ostream& operator<<(std::ostream& out, const ShapeText& shape) {
+    out << "[";
+    for (int64_t i = 0; i < shape.tensor.dim(); ++i) out << (i ? ", " : "") << shape.tensor.size(i);
+    return out << "]";
+  }
+};
+
+inline ShapeText shape_text(const Tensor& tensor) { return {tensor}; }
 
 inline const char* dtype_text(ScalarType type) { return torch::headeronly::toString(type); }
 
@@ -82,13 +86,12 @@ T* mutable_data(const Tensor& tensor) {
 }
 
 // ---- checking tensors
-// ---------------------------------------------------------------------------------------
 
 class TensorChecks : public Checks {
  public:
   using Checks::Checks;
 
-  void dtype(const char* name, const Tensor& tensor, std::initializer_list<ScalarType> allowed) const {
+  void dtype(Phrase name, const Tensor& tensor, std::initializer_list<ScalarType> allowed) const {
     for (ScalarType type : allowed) {
       if (tensor.scalar_type() == type) return;
     }
@@ -98,46 +101,60 @@ class TensorChecks : public Checks {
          concat("Convert it with ", name, ".to(...)."));
   }
 
-  void dim(const char* name, const Tensor& tensor, int64_t dims, const char* shape) const {
+  void dim(Phrase name, const Tensor& tensor, int64_t dims, const char* shape) const {
     that(tensor.dim() == dims, concat(name, " of shape ", shape), shape_text(tensor),
          concat("Reshape ", name, " to ", dims, " dimensions."));
   }
 
-  void same_device(const char* name, const Tensor& tensor, const char* other_name,
-                   const Tensor& other) const {
+  void same_device(Phrase name, const Tensor& tensor, Phrase other_name, const Tensor& other) const {
     const bool same = tensor.is_cuda() == other.is_cuda() && tensor.is_cpu() == other.is_cpu() &&
                       tensor.get_device_index() == other.get_device_index();
     that(same, concat(name, " on the device of ", other_name), "another device",
          concat("Move it with ", name, ".to(", other_name, ".device)."));
   }
 
-  void last_contiguous(const char* name, const Tensor& tensor) const {
-    const int64_t last = tensor.dim() - 1;
-    that(tensor.size(last) <= 1 || tensor.stride(last) == 1, concat(name, ".stride(-1) == 1"),
-         concat(tensor.stride(last)), concat("Call ", name, ".contiguous()."));
+  // The first `dims` sizes of two tensors.
+  void same_sizes(Phrase name, const Tensor& tensor, Phrase other_name, const Tensor& other, int64_t dims,
+                  Phrase remedy) const {
+    for (int64_t d = 0; d < dims; ++d) {
+      equal(concat(name, ".size(", d, ")"), tensor.size(d), concat(other_name, ".size(", d, ")"),
+            other.size(d), remedy);
+    }
   }
 
-  void contiguous(const char* name, const Tensor& tensor) const {
+  void last_contiguous(Phrase name, const Tensor& tensor) const {
+    const int64_t last = tensor.dim() - 1;
+    that(tensor.size(last) <= 1 || tensor.stride(last) == 1, concat(name, ".stride(-1) == 1"),
+         tensor.stride(last), concat("Call ", name, ".contiguous()."));
+  }
+
+  void contiguous(Phrase name, const Tensor& tensor) const {
     that(tensor.is_contiguous(), concat("a contiguous ", name), "a strided view",
          concat("Call ", name, ".contiguous()."));
   }
 
   // A small index or table tensor: its dtype, its exact shape, its device, no gaps.
-  void exactly(const char* name, const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> shape,
-               const char* shape_name, const char* other_name, const Tensor& other) const {
+  void exactly(Phrase name, const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> shape,
+               const char* shape_name, Phrase other_name, const Tensor& other) const {
     dtype(name, tensor, {type});
-    bool matches = tensor.dim() == int64_t(shape.size());
-    int64_t i = 0;
-    std::ostringstream sizes;
-    for (int64_t size : shape) {
-      sizes << (i ? ", " : "") << size;
-      matches = matches && tensor.size(i) == size;
-      ++i;
+    if (!has_shape(tensor, shape)) {
+      std::ostringstream sizes;
+      for (const int64_t& size : shape) sizes << (&size == shape.begin() ? "" : ", ") << size;
+      that(false, concat(name, " of shape ", shape_name, " = [", sizes.str(), "]"), shape_text(tensor),
+           concat("The sizes follow from ", other_name, "."));
     }
-    that(matches, concat(name, " of shape ", shape_name, " = [", sizes.str(), "]"), shape_text(tensor),
-         concat("The sizes follow from ", other_name, "."));
     same_device(name, tensor, other_name, other);
     contiguous(name, tensor);
+  }
+
+ private:
+  static bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> shape) {
+    if (tensor.dim() != int64_t(shape.size())) return false;
+    int64_t i = 0;
+    for (int64_t size : shape) {
+      if (tensor.size(i++) != size) return false;
+    }
+    return true;
   }
 };
 
@@ -170,24 +187,18 @@ class HostValues {
 };
 
 // ---- allocating
-// ---------------------------------------------------------------------------------------------
 
 inline Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
-  const std::vector<int64_t> sizes(shape);
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()),
-                                  type);
+  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, type);
 }
 
 // As above, filled with zeros on the current stream (on CUDA a launch of its own: for counters, not for
 // data).
 inline Tensor zeros_on(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
-  const std::vector<int64_t> sizes(shape);
-  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()),
-                                  type);
+  return torch::stable::new_zeros(like, {shape.begin(), shape.size()}, type);
 }
 
 // ---- calling a kernel and registering an op
-// -----------------------------------------------------------------
 
 // KERNEL(name): the backend's host function. RUN_KERNEL(name, params, tensors...): its kernel, on the device
 // of the first tensor and torch's current stream there. The tensors are all that the kernel may touch: the

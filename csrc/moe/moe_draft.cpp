@@ -14,7 +14,7 @@ void check_variant(const TensorChecks& check, DraftVariant variant, const Tensor
                    : "The last two rows are those of the contrast.");
   check_top_k(check, top_k, experts);
   if (variant == DraftVariant::topk) {
-    check.that(!contrast || top_k >= 2, "top_k >= 2 with contrast", concat(top_k),
+    check.that(!contrast || top_k >= 2, "top_k >= 2 with contrast", top_k,
                "The contrast is between two experts.");
     return;
   }
@@ -34,10 +34,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_draft(const Tensor& x, const Tens
   const ExpertTensors weights{w_gate, w_up, w_down, no_scale, no_scale, no_scale};
   weights.check(check, x);
   check_router(check, "router", router, x);
-  check.that(variant >= 0 && variant <= 2, "variant in {0: jakiro, 1: topk, 2: star}", concat(variant),
+  check.that(variant >= 0 && variant <= 2, "variant in {0: jakiro, 1: topk, 2: star}", variant,
              "Name one of these.");
-  check.that(activation >= 0 && activation <= 2, "activation in {0: silu, 1: gelu, 2: relu}",
-             concat(activation), "Name one of these.");
+  check.that(activation >= 0 && activation <= 2, "activation in {0: silu, 1: gelu, 2: relu}", activation,
+             "Name one of these.");
   check_variant(check, DraftVariant(variant), router, weights.experts(), top_k, contrast);
   check_residual(check, residual, x);
 

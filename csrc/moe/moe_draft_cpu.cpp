@@ -1,4 +1,5 @@
 // The draft head's gate on the CPU.
+#include "core/dispatch.h"
 #include "core/isa.h"
 #include "moe/moe_draft.h"
 #include "moe/moe_logits_cpu.h"
@@ -82,27 +83,17 @@ class Gate {
 };
 
 template <class F>
-TRANCHE_INLINE void with_gate(const MoeDraftParams& p, const F& f) {
-  switch (p.type) {
-    case DType::f64:
-      return f(Gate<F64Engine, double>(p));
-    case DType::f32:
-      return f(Gate<FmaEngine, float>(p));
-    case DType::f16:
-      return f(Gate<FmaEngine, half>(p));
-    case DType::bf16:
-      return f(Gate<FmaEngine, bf16>(p));
-    default:
-      return;
-  }
+TRANCHE_INLINE auto with_gate(const MoeDraftParams& p, const F& f) {
+  return with_type<double, float, half, bf16>("moe_draft", p.type, [&](auto t) {
+    using T = decltype(t);
+    return f(Gate<typename LogitsEngine<T>::type, T>(p));
+  });
 }
 
 }  // namespace
 
 size_t moe_draft_workspace(const MoeDraftParams& p) {
-  size_t bytes = 0;
-  with_gate(p, [&](const auto& gate) { bytes = size_t(gate.bytes()); });
-  return bytes;
+  return with_gate(p, [](const auto& gate) { return size_t(gate.bytes()); });
 }
 
 void moe_draft(const MoeDraftParams& p) {

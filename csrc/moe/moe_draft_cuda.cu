@@ -1,5 +1,7 @@
 #include "moe/moe_draft.cuh"
 
+#include "core/dispatch.h"
+
 namespace tranche::cuda {
 namespace {
 
@@ -33,16 +35,7 @@ void run(const MoeDraftParams& p, void* stream) {
 size_t moe_draft_workspace(const MoeDraftParams&) { return 0; }
 
 void moe_draft(const MoeDraftParams& p, void* stream) {
-  switch (p.type) {
-    case DType::f32:
-      return run<float>(p, stream);
-    case DType::f16:
-      return run<half>(p, stream);
-    case DType::bf16:
-      return run<bf16>(p, stream);
-    default:
-      throw std::runtime_error("tranche: moe_draft: expected float32, float16 or bfloat16");
-  }
+  with_type<float, half, bf16>("moe_draft", p.type, [&](auto t) { run<decltype(t)>(p, stream); });
 }
 
 }  // namespace tranche::cuda

@@ -35,12 +35,12 @@ Tensor moe_experts(const Tensor& x, const std::optional<Tensor>& w_gate, const T
   const int64_t tokens = x.size(0), experts = weights.experts();
   check.dim("topk_ids", topk_ids, 2, "[T, K]");
   const int64_t top_k = topk_ids.size(1);
-  check.that(top_k <= kMaxExperts, concat("at most ", kMaxExperts, " choices of a token"), concat(top_k),
+  check.that(top_k <= kMaxExperts, concat("at most ", kMaxExperts, " choices of a token"), top_k,
              "A token has at most as many choices as there are experts.");
   check.exactly("topk_ids", topk_ids, ScalarType::Int, {tokens, top_k}, "[T, K]", "x", x);
   check.exactly("topk_weights", topk_weights, weights_type(x), {tokens, top_k}, "[T, K]", "topk_ids", x);
-  check.that(activation >= 0 && activation <= 2, "activation in {0: silu, 1: gelu, 2: relu}",
-             concat(activation), "Name one of these.");
+  check.that(activation >= 0 && activation <= 2, "activation in {0: silu, 1: gelu, 2: relu}", activation,
+             "Name one of these.");
   check.that(offsets.has_value() == slots.has_value(), "offsets and slots together", "one of them",
              "A plan is both.");
   if (offsets) {

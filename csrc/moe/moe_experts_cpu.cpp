@@ -1,5 +1,6 @@
 // The experts on the CPU, compiled once per instruction set: chooses the engine for the types at hand.
 #include "moe/moe_experts_cpu.h"
+#include "core/dispatch.h"
 #include "core/isa.h"
 #if defined(__AMX_BF16__)
 #include "moe/moe_engine_amx_cpu.h"
@@ -8,46 +9,40 @@
 namespace tranche::cpu::TRANCHE_ISA {
 namespace {
 
+template <class T>
+struct ExpertsEngine {
+  using type = FmaEngine;
+};
+template <>
+struct ExpertsEngine<double> {
+  using type = F64Engine;
+};
 #if defined(__AMX_BF16__)
-using Bf16Engine = AmxEngine;
+template <>
+struct ExpertsEngine<bf16> {
+  using type = AmxEngine;
+};
 #elif defined(__AVX512BF16__)
-using Bf16Engine = DotEngine;
-#else
-using Bf16Engine = FmaEngine;
+template <>
+struct ExpertsEngine<bf16> {
+  using type = DotEngine;
+};
 #endif
 
-template <class Engine, class T, class F>
-TRANCHE_INLINE void with_weights(const MoeExpertsParams& p, const F& f) {
-  if (p.up.scale) {
-    f(Experts<Engine, T, int8_t>(p));
-  } else {
-    f(Experts<Engine, T, T>(p));
-  }
-}
-
-// f(experts) for the types in use; the op has refused all others.
+// f(experts) for the types in use.
 template <class F>
-TRANCHE_INLINE void with_experts(const MoeExpertsParams& p, const F& f) {
-  switch (p.type) {
-    case DType::f64:
-      return with_weights<F64Engine, double>(p, f);
-    case DType::f32:
-      return with_weights<FmaEngine, float>(p, f);
-    case DType::f16:
-      return with_weights<FmaEngine, half>(p, f);
-    case DType::bf16:
-      return with_weights<Bf16Engine, bf16>(p, f);
-    default:
-      return;
-  }
+TRANCHE_INLINE auto with_experts(const MoeExpertsParams& p, const F& f) {
+  return with_type<double, float, half, bf16>("moe_experts", p.type, [&](auto t) {
+    using T = decltype(t);
+    using Engine = typename ExpertsEngine<T>::type;
+    return p.up.scale ? f(Experts<Engine, T, int8_t>(p)) : f(Experts<Engine, T, T>(p));
+  });
 }
 
 }  // namespace
 
 size_t moe_experts_workspace(const MoeExpertsParams& p) {
-  size_t bytes = 0;
-  with_experts(p, [&](const auto& experts) { bytes = size_t(experts.bytes()); });
-  return bytes;
+  return with_experts(p, [](const auto& experts) { return size_t(experts.bytes()); });
 }
 
 void moe_experts(const MoeExpertsParams& p) {

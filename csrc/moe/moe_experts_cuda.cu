@@ -1,3 +1,4 @@
+#include "core/dispatch.h"
 #include "moe/moe_experts.cuh"
 #include "moe/moe_plan.h"
 
@@ -40,16 +41,7 @@ void with_weights(const MoeExpertsParams& p, const F& f) {
 
 template <class F>
 void with_kernels(const MoeExpertsParams& p, const F& f) {
-  switch (p.type) {
-    case DType::f32:
-      return with_weights<float>(p, f);
-    case DType::f16:
-      return with_weights<half>(p, f);
-    case DType::bf16:
-      return with_weights<bf16>(p, f);
-    default:
-      throw std::runtime_error("tranche: moe_experts: expected float32, float16 or bfloat16");
-  }
+  with_type<float, half, bf16>("moe_experts", p.type, [&](auto t) { with_weights<decltype(t)>(p, f); });
 }
 
 void run(const MoeExpertsParams& p, bool overlaps, void* stream) {

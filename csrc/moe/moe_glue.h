@@ -8,7 +8,7 @@
 
 namespace tranche {
 
-inline void check_activations(const TensorChecks& check, const char* name, const Tensor& x) {
+inline void check_activations(const TensorChecks& check, Phrase name, const Tensor& x) {
   check.dim(name, x, 2, "[T, H]");
 #if defined(TRANCHE_BACKEND_CPU)
   check.dtype(name, x, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double});
@@ -22,22 +22,22 @@ inline void check_activations(const TensorChecks& check, const char* name, const
 }
 
 // Rows [rows, H] that x is multiplied with.
-inline void check_router(const TensorChecks& check, const char* name, const Tensor& router, const Tensor& x) {
+inline void check_router(const TensorChecks& check, Phrase name, const Tensor& router, const Tensor& x) {
   check.dim(name, router, 2, "[E, H]");
   check.dtype(name, router, {x.scalar_type()});
   check.same_device(name, router, "x", x);
   check.last_contiguous(name, router);
-  check.equal(concat(name, ".size(1)").c_str(), router.size(1), "x.size(1)", x.size(1),
+  check.equal(concat(name, ".size(1)"), router.size(1), "x.size(1)", x.size(1),
               "The router takes the features of x.");
 }
 
 inline void check_expert_count(const TensorChecks& check, int64_t experts) {
-  check.that(experts >= 1 && experts <= kMaxExperts, concat("1 to ", kMaxExperts, " experts"),
-             concat(experts), "Split the layer.");
+  check.that(experts >= 1 && experts <= kMaxExperts, concat("1 to ", kMaxExperts, " experts"), experts,
+             "Split the layer.");
 }
 
 inline void check_top_k(const TensorChecks& check, int64_t top_k, int64_t experts) {
-  check.that(top_k >= 1 && top_k <= experts, concat("top_k in [1, ", experts, "]"), concat(top_k),
+  check.that(top_k >= 1 && top_k <= experts, concat("top_k in [1, ", experts, "]"), top_k,
              "Choose at least one expert and at most all.");
 }
 
@@ -59,7 +59,7 @@ struct ExpertTensors {
     check.dim("w_up", up, 3, "[E, I, H]");
     check.dim("w_down", down, 3, "[E, H, I]");
     check_expert_count(check, experts());
-    check.that(inner() >= 1 && inner() <= INT32_MAX - 32, "w_up.size(1) >= 1", concat(inner()),
+    check.that(inner() >= 1 && inner() <= INT32_MAX - 32, "w_up.size(1) >= 1", inner(),
                "An expert has an inner size.");
     check_stack(check, "w_up", up, x, {experts(), inner(), x.size(1)}, "[E, I, H]");
     check_stack(check, "w_down", down, x, {experts(), x.size(1), inner()}, "[E, H, I]");
@@ -88,25 +88,24 @@ struct ExpertTensors {
   }
 
  private:
-  static void check_stack(const TensorChecks& check, const char* name, const Tensor& stack, const Tensor& x,
+  static void check_stack(const TensorChecks& check, Phrase name, const Tensor& stack, const Tensor& x,
                           std::initializer_list<int64_t> shape, const char* shape_name) {
     check.dim(name, stack, 3, shape_name);
     check.dtype(name, stack, {x.scalar_type(), ScalarType::Char});
     check.same_device(name, stack, "x", x);
     int64_t i = 0;
     for (int64_t size : shape) {
-      const std::string dimension = concat(name, ".size(", i, ")");
-      check.equal(dimension.c_str(), stack.size(i), "the size that x and w_up give", size,
+      check.equal(concat(name, ".size(", i, ")"), stack.size(i), "the size that x and w_up give", size,
                   concat(name, " is ", shape_name, " and x is [T, H]."));
       ++i;
     }
     check.last_contiguous(name, stack);
   }
 
-  static void check_scale(const TensorChecks& check, const char* name, const std::optional<Tensor>& scale,
+  static void check_scale(const TensorChecks& check, Phrase name, const std::optional<Tensor>& scale,
                           const Tensor& stack) {
     const bool int8 = stack.scalar_type() == ScalarType::Char;
-    check.that(scale.has_value() == int8, int8 ? concat(name, " for int8 weights") : concat("no ", name),
+    check.that(scale.has_value() == int8, concat(int8 ? "" : "no ", name, int8 ? " for int8 weights" : ""),
                int8 ? "none" : "one", "int8 weights come with one scale for each row, others with none.");
     if (scale) {
       check.exactly(name, *scale, ScalarType::Float, {stack.size(0), stack.size(1)}, "[E, rows]",
@@ -126,10 +125,7 @@ inline void check_residual(const TensorChecks& check, const std::optional<Tensor
   check.dtype("residual", *residual, {x.scalar_type()});
   check.same_device("residual", *residual, "x", x);
   check.last_contiguous("residual", *residual);
-  for (int i = 0; i < 2; ++i) {
-    check.equal(i ? "residual.size(1)" : "residual.size(0)", residual->size(i), i ? "x.size(1)" : "x.size(0)",
-                x.size(i), "It is added to the outputs.");
-  }
+  check.same_sizes("residual", *residual, "x", x, 2, "It is added to the outputs.");
 }
 
 struct Plan {
@@ -166,7 +162,7 @@ inline void check_ids(const TensorChecks& check, const Tensor& ids, int64_t expe
   for (int64_t i = 0; i < ids.numel(); ++i) {
     check.index(values[i] >= 0 && values[i] < experts,
                 concat("topk_ids[", i / ids.size(1), ", ", i % ids.size(1), "] in [0, ", experts, ")"),
-                concat(values[i]), "An id is the number of an expert.");
+                values[i], "An id is the number of an expert.");
   }
 }
 

@@ -7,6 +7,16 @@
 
 namespace tranche::cpu::TRANCHE_ISA {
 
+// Logits decide: they are summed in fp32 products at least.
+template <class T>
+struct LogitsEngine {
+  using type = FmaEngine;
+};
+template <>
+struct LogitsEngine<double> {
+  using type = F64Engine;
+};
+
 // logits[t][r] = <x[t], router[r]>, [tokens][padded_rows].
 template <class Engine, class T>
 class Logits {

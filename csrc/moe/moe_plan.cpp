@@ -12,8 +12,7 @@ std::tuple<Tensor, Tensor> moe_plan(const Tensor& topk_ids, int64_t num_experts)
   check.dtype("topk_ids", topk_ids, {ScalarType::Int});
   check.contiguous("topk_ids", topk_ids);
   check_expert_count(check, num_experts);
-  check.that(topk_ids.numel() <= INT32_MAX, "at most 2^31 - 1 ids", concat(topk_ids.numel()),
-             "Split the batch.");
+  check.that(topk_ids.numel() <= INT32_MAX, "at most 2^31 - 1 ids", topk_ids.numel(), "Split the batch.");
   if (checks_values()) check_ids(check, topk_ids, num_experts);
   const Plan plan = make_plan(topk_ids, num_experts);
   return {plan.offsets, plan.slots};

@@ -9,11 +9,11 @@ namespace {
 void check_groups(const TensorChecks& check, int64_t experts, int64_t top_k, int64_t groups,
                   int64_t top_groups) {
   check.that(groups >= 1 && experts % groups == 0, concat("groups that divide the ", experts, " experts"),
-             concat(groups), "Groups are runs of equal length.");
-  check.that(top_groups >= 1 && top_groups <= groups, concat("top_groups in [1, ", groups, "]"),
-             concat(top_groups), "Keep at least one group and at most all.");
+             groups, "Groups are runs of equal length.");
+  check.that(top_groups >= 1 && top_groups <= groups, concat("top_groups in [1, ", groups, "]"), top_groups,
+             "Keep at least one group and at most all.");
   const int64_t inside = top_groups * (experts / groups);
-  check.that(top_k <= inside, concat("top_k <= ", inside, ", the experts in the kept groups"), concat(top_k),
+  check.that(top_k <= inside, concat("top_k <= ", inside, ", the experts in the kept groups"), top_k,
              "Keep more groups.");
 }
 
@@ -29,10 +29,10 @@ std::tuple<Tensor, Tensor> moe_route(const Tensor& x, const Tensor& weight, int6
   check_top_k(check, top_k, experts);
   check_groups(check, experts, top_k, groups, top_groups);
   check.that(x.size(1) >= 1, "x.size(1) >= 1", "0", "A router needs features.");
-  check.that(score >= 0 && score <= 2, "score in {0: softmax, 1: sigmoid, 2: relu_rms}", concat(score),
+  check.that(score >= 0 && score <= 2, "score in {0: softmax, 1: sigmoid, 2: relu_rms}", score,
              "Name one of these.");
-  check.that(std::isfinite(scale), "a finite scale", concat(scale), "Leave it out for 1.");
-  check.that(std::isfinite(eps) && eps >= 0, "a finite eps >= 0", concat(eps), "Leave it out for 1e-6.");
+  check.that(std::isfinite(scale), "a finite scale", scale, "Leave it out for 1.");
+  check.that(std::isfinite(eps) && eps >= 0, "a finite eps >= 0", eps, "Leave it out for 1e-6.");
   if (bias) check.exactly("bias", *bias, ScalarType::Float, {experts}, "[E]", "weight", weight);
   if (rms_weight)
     check.exactly("rms_weight", *rms_weight, ScalarType::Float, {experts}, "[E]", "weight", weight);

@@ -1,4 +1,5 @@
 // The router on the CPU: logits by the engines of the experts, then one token after the other.
+#include "core/dispatch.h"
 #include "core/isa.h"
 #include "moe/moe_logits_cpu.h"
 
@@ -35,27 +36,17 @@ class Route {
 };
 
 template <class F>
-TRANCHE_INLINE void with_route(const MoeRouteParams& p, const F& f) {
-  switch (p.type) {
-    case DType::f64:
-      return f(Route<F64Engine, double>(p));
-    case DType::f32:
-      return f(Route<FmaEngine, float>(p));
-    case DType::f16:
-      return f(Route<FmaEngine, half>(p));
-    case DType::bf16:
-      return f(Route<FmaEngine, bf16>(p));
-    default:
-      return;
-  }
+TRANCHE_INLINE auto with_route(const MoeRouteParams& p, const F& f) {
+  return with_type<double, float, half, bf16>("moe_route", p.type, [&](auto t) {
+    using T = decltype(t);
+    return f(Route<typename LogitsEngine<T>::type, T>(p));
+  });
 }
 
 }  // namespace
 
 size_t moe_route_workspace(const MoeRouteParams& p) {
-  size_t bytes = 0;
-  with_route(p, [&](const auto& route) { bytes = size_t(route.bytes()); });
-  return bytes;
+  return with_route(p, [](const auto& route) { return size_t(route.bytes()); });
 }
 
 void moe_route(const MoeRouteParams& p) {

@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor> channel_stats(const Tensor& x, int64_t start) {
     check.that(x.size(i) <= INT32_MAX, "sizes of x below 2^31", shape_text(x), "Cut the input in pieces.");
   }
   check.that(start >= 0 && start <= x.size(1), concat("start in [0, x.size(1)] = [0, ", x.size(1), "]"),
-             concat(start), "The channels from start on are measured.");
+             start, "The channels from start on are measured.");
   const Tensor mean = empty_on(x, {x.size(0), x.size(1) - start}, x.scalar_type());
   const Tensor std = empty_on(x, {x.size(0), x.size(1) - start}, x.scalar_type());
   if (mean.numel() == 0) return {mean, std};

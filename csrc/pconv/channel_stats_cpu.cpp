@@ -5,6 +5,7 @@
 // i % kPartial, whether vector lanes are pixels or channels: the bits do not depend on the layout.
 #include "pconv/channel_stats.h"
 
+#include "core/dispatch.h"
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "pconv/layout_cpu.h"
@@ -91,16 +92,10 @@ void measure(const ChannelStatsParams& p) {
 }  // namespace
 
 void channel_stats(const ChannelStatsParams& p) {
-  switch (p.type) {
-    case DType::f64:
-      return measure<double, double>(p);
-    case DType::f32:
-      return measure<float, float>(p);
-    case DType::f16:
-      return measure<half, float>(p);
-    default:
-      return measure<bf16, float>(p);
-  }
+  with_type<double, float, half, bf16>("channel_stats", p.type, [&](auto t) {
+    using T = decltype(t);
+    measure<T, typename compute_type<T>::type>(p);
+  });
 }
 
 }  // namespace tranche::cpu::TRANCHE_ISA

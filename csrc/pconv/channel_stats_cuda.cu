@@ -1,5 +1,7 @@
 #include "pconv/channel_stats.cuh"
 
+#include "core/dispatch.h"
+
 namespace tranche::cuda {
 namespace {
 
@@ -15,16 +17,7 @@ void run(const ChannelStatsParams& p, void* stream) {
 }  // namespace
 
 void channel_stats(const ChannelStatsParams& p, void* stream) {
-  switch (p.type) {
-    case DType::f32:
-      return run<float>(p, stream);
-    case DType::f16:
-      return run<half>(p, stream);
-    case DType::bf16:
-      return run<bf16>(p, stream);
-    default:
-      throw std::runtime_error("tranche: channel_stats: expected f32, f16 or bf16");
-  }
+  with_type<float, half, bf16>("channel_stats", p.type, [&](auto t) { run<decltype(t)>(p, stream); });
 }
 
 }  // namespace tranche::cuda

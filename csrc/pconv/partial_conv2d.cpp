@@ -16,15 +16,12 @@ struct Arguments {
   int64_t groups, start;
 };
 
-void check_pair(const TensorChecks& check, const char* name, const IntList& values, int64_t low) {
-  bool good = values.size() == 2;
-  std::ostringstream text;
-  for (size_t i = 0; i < values.size(); ++i) {
-    good = good && values[i] >= low && values[i] <= INT32_MAX;
-    text << (i ? ", " : "") << values[i];
+void check_pair(const TensorChecks& check, Phrase name, const IntList& values, int64_t low) {
+  const char* remedy = "Give one for the height and one for the width.";
+  check.that(values.size() == 2, concat(name, " of two integers"), concat(values.size(), " of them"), remedy);
+  for (int64_t value : values) {
+    check.that(value >= low && value <= INT32_MAX, concat(name, " of two integers >= ", low), value, remedy);
   }
-  check.that(good, concat(name, " of two integers >= ", low), concat("[", text.str(), "]"),
-             "Give one for the height and one for the width.");
 }
 
 void check_arguments(const TensorChecks& check, const Arguments& a) {
@@ -49,11 +46,11 @@ void check_arguments(const TensorChecks& check, const Arguments& a) {
   check_pair(check, "padding", a.padding, 0);
   check_pair(check, "dilation", a.dilation, 1);
   check.that(a.groups > 0 && a.weight.size(0) % a.groups == 0,
-             concat("groups >= 1 that divides weight.size(0) (", a.weight.size(0), ")"), concat(a.groups),
+             concat("groups >= 1 that divides weight.size(0) (", a.weight.size(0), ")"), a.groups,
              "Every group has as many output channels.");
   const int64_t width = a.weight.size(1) * a.groups;
   check.that(a.start >= 0 && a.start + width <= a.x.size(1),
-             concat("start in [0, x.size(1) - c] = [0, ", a.x.size(1) - width, "]"), concat(a.start),
+             concat("start in [0, x.size(1) - c] = [0, ", a.x.size(1) - width, "]"), a.start,
              concat("The slice of c = groups * weight.size(1) = ", width, " channels must lie within x."));
   if (a.bias) {
     check.exactly("bias", *a.bias, a.x.scalar_type(), {a.weight.size(0)}, "[c_out]", "x", a.x);
@@ -61,11 +58,10 @@ void check_arguments(const TensorChecks& check, const Arguments& a) {
 }
 
 int64_t output_size(const TensorChecks& check, const Arguments& a, int i) {
-  const char* names[] = {"x.size(2)", "x.size(3)"};
   const int64_t reach = (a.weight.size(2 + i) - 1) * a.dilation[size_t(i)] + 1;
   const int64_t room = a.x.size(2 + i) + 2 * a.padding[size_t(i)] - reach;
   check.that(room >= 0 && room <= INT32_MAX,
-             concat(names[i], " + padding that holds the kernel's reach ", reach), concat(a.x.size(2 + i)),
+             concat("x.size(", 2 + i, ") + padding that holds the kernel's reach ", reach), a.x.size(2 + i),
              "Pad more, or use a smaller kernel or dilation.");
   return room / a.stride[size_t(i)] + 1;
 }
@@ -75,10 +71,9 @@ void check_same_shape(const TensorChecks& check, const Arguments& a) {
   check.equal("weight.size(0)", a.weight.size(0), "groups * weight.size(1)", a.groups * a.weight.size(1),
               "A partial convolution keeps its channels; use conv2d_slice.");
   for (int i = 0; i < 2; ++i) {
-    const char* names[] = {"height of the output", "width of the output"};
-    const char* sizes[] = {"x.size(2)", "x.size(3)"};
     if (a.x.size(2 + i) == 0) continue;
-    check.equal(names[i], output_size(check, a, i), sizes[i], a.x.size(2 + i),
+    check.equal(concat(i ? "width" : "height", " of the output"), output_size(check, a, i),
+                concat("x.size(", 2 + i, ")"), a.x.size(2 + i),
                 "Use stride 1 and padding (kernel - 1) * dilation / 2, or conv2d_slice.");
   }
 }
@@ -156,7 +151,7 @@ void check_no_overlap(const TensorChecks& check, const Tensor& x) {
   }
 }
 
-void check_apart(const TensorChecks& check, const char* name, const Tensor& tensor, const Tensor& x) {
+void check_apart(const TensorChecks& check, Phrase name, const Tensor& tensor, const Tensor& x) {
   const auto reach = [](const Tensor& t) {
     int64_t last = 0;
     for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);

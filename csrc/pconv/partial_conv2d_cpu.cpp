@@ -3,6 +3,7 @@
 // A task is some output rows of an image. In place it is a whole image if there are images enough, packed as
 // a whole before its first output is written; otherwise all slices are packed before any output is.
 #include "pconv/partial_conv2d_cpu.h"
+#include "core/dispatch.h"
 #include "core/isa.h"
 
 namespace tranche::cpu::TRANCHE_ISA {
@@ -114,18 +115,15 @@ class PartialConvolution {
 
 // f(convolution) with the arithmetic that serves p.
 template <class F>
-size_t with_convolution(const PartialConv2dParams& p, void* memory, const F& f) {
-  switch (p.type) {
-    case DType::f64:
-      return f(PartialConvolution<double, F64>(p, memory));
-    case DType::f32:
-      return f(PartialConvolution<float, F32>(p, memory));
-    case DType::f16:
-      return f(PartialConvolution<half, F32>(p, memory));
-    default:
-      if (is_depthwise(p)) return f(PartialConvolution<bf16, F32>(p, memory));
-      return f(PartialConvolution<bf16, KindOf<bf16>::type>(p, memory));
-  }
+auto with_convolution(const PartialConv2dParams& p, void* memory, const F& f) {
+  return with_type<double, float, half, bf16>("partial_conv2d", p.type, [&](auto t) {
+    using T = decltype(t);
+    using Kind = typename KindOf<T>::type;
+    if constexpr (Kind::kPair > 1) {
+      if (is_depthwise(p)) return f(PartialConvolution<T, F32>(p, memory));
+    }
+    return f(PartialConvolution<T, Kind>(p, memory));
+  });
 }
 
 }  // namespace
@@ -135,10 +133,7 @@ size_t partial_conv2d_workspace(const PartialConv2dParams& p) {
 }
 
 void partial_conv2d(const PartialConv2dParams& p) {
-  with_convolution(p, p.workspace, [](const auto& convolution) {
-    convolution.run();
-    return size_t(0);
-  });
+  with_convolution(p, p.workspace, [](const auto& convolution) { convolution.run(); });
 }
 
 }  // namespace tranche::cpu::TRANCHE_ISA

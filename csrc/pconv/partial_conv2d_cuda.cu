@@ -1,5 +1,7 @@
 #include "pconv/partial_conv2d_mma.cuh"
 
+#include "core/dispatch.h"
+
 namespace tranche::cuda {
 namespace {
 
@@ -181,16 +183,7 @@ size_t partial_conv2d_workspace(const PartialConv2dParams& p) {
 }
 
 void partial_conv2d(const PartialConv2dParams& p, void* stream) {
-  switch (p.type) {
-    case DType::f32:
-      return run<float>(p, stream);
-    case DType::f16:
-      return run<half>(p, stream);
-    case DType::bf16:
-      return run<bf16>(p, stream);
-    default:
-      throw std::runtime_error("tranche: partial_conv2d: expected f32, f16 or bf16");
-  }
+  with_type<float, half, bf16>("partial_conv2d", p.type, [&](auto t) { run<decltype(t)>(p, stream); });
 }
 
 }  // namespace tranche::cuda

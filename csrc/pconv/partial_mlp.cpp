@@ -7,7 +7,7 @@ namespace tranche {
 namespace {
 
 // [rows, columns], or the weight of a 1x1 convolution, without gaps.
-void check_matrix(const TensorChecks& check, const char* name, const Tensor& w, int64_t rows, int64_t columns,
+void check_matrix(const TensorChecks& check, Phrase name, const Tensor& w, int64_t rows, int64_t columns,
                   const char* shape, const Tensor& x) {
   check.dtype(name, w, {x.scalar_type()});
   const bool is_matrix = w.dim() == 2 || (w.dim() == 4 && w.size(2) == 1 && w.size(3) == 1);
@@ -38,8 +38,8 @@ Tensor partial_mlp(const Tensor& x, const Tensor& conv_weight, const Tensor& w1,
   check.that(convolved > 0 && conv_weight.size(1) == convolved && conv_weight.size(2) == 3 &&
                  conv_weight.size(3) == 3,
              "conv_weight of shape [c, c, 3, 3]", shape_text(conv_weight), "Give a 3x3 convolution.");
-  check.that(convolved <= channels, concat("conv_weight.size(0) <= x.size(1) (", channels, ")"),
-             concat(convolved), "The convolved channels are the first of x.");
+  check.that(convolved <= channels, concat("conv_weight.size(0) <= x.size(1) (", channels, ")"), convolved,
+             "The convolved channels are the first of x.");
   check.dtype("conv_weight", conv_weight, {type});
   check.same_device("conv_weight", conv_weight, "x", x);
   check.dim("b1", b1, 1, "[M]");
@@ -48,7 +48,7 @@ Tensor partial_mlp(const Tensor& x, const Tensor& conv_weight, const Tensor& w1,
   check_matrix(check, "w1", w1, hidden, channels, "[M, C]", x);
   check_matrix(check, "w2", w2, channels, hidden, "[C, M]", x);
   check.exactly("b2", b2, type, {channels}, "[C]", "x", x);
-  check.that(activation == 0 || activation == 1, "activation 0 (relu) or 1 (gelu)", concat(activation),
+  check.that(activation == 0 || activation == 1, "activation 0 (relu) or 1 (gelu)", activation,
              "Other activations are not fused.");
   if (gate) {
     check.exactly("gate", *gate, type, {x.size(0), channels - convolved}, "[B, C - c]", "x", x);

@@ -3,6 +3,7 @@
 #include <initializer_list>
 
 #include "core/activation_cpu.h"
+#include "core/dispatch.h"
 #include "core/isa.h"
 #include "pconv/partial_conv2d_cpu.h"
 #include "pconv/partial_mlp.h"
@@ -326,17 +327,11 @@ class PartialMlp {
 };
 
 template <class F>
-size_t with_mlp(const PartialMlpParams& p, void* memory, const F& f) {
-  switch (p.type) {
-    case DType::f64:
-      return f(PartialMlp<double, F64>(p, memory));
-    case DType::f32:
-      return f(PartialMlp<float, F32>(p, memory));
-    case DType::f16:
-      return f(PartialMlp<half, F32>(p, memory));
-    default:
-      return f(PartialMlp<bf16, KindOf<bf16>::type>(p, memory));
-  }
+auto with_mlp(const PartialMlpParams& p, void* memory, const F& f) {
+  return with_type<double, float, half, bf16>("partial_mlp", p.type, [&](auto t) {
+    using T = decltype(t);
+    return f(PartialMlp<T, typename KindOf<T>::type>(p, memory));
+  });
 }
 
 }  // namespace
@@ -346,10 +341,7 @@ size_t partial_mlp_workspace(const PartialMlpParams& p) {
 }
 
 void partial_mlp(const PartialMlpParams& p) {
-  with_mlp(p, p.workspace, [](const auto& mlp) {
-    mlp.run();
-    return size_t(0);
-  });
+  with_mlp(p, p.workspace, [](const auto& mlp) { mlp.run(); });
 }
 
 }  // namespace tranche::cpu::TRANCHE_ISA

@@ -1,5 +1,7 @@
 #include "pconv/partial_mlp_mma.cuh"
 
+#include "core/dispatch.h"
+
 namespace tranche::cuda {
 namespace {
 
@@ -79,16 +81,7 @@ void run(const PartialMlpParams& p, void* stream) {
 size_t partial_mlp_workspace(const PartialMlpParams& p) { return size_t(Space(p).bytes); }
 
 void partial_mlp(const PartialMlpParams& p, void* stream) {
-  switch (p.type) {
-    case DType::f32:
-      return run<float>(p, stream);
-    case DType::f16:
-      return run<half>(p, stream);
-    case DType::bf16:
-      return run<bf16>(p, stream);
-    default:
-      throw std::runtime_error("tranche: partial_mlp: expected f32, f16 or bf16");
-  }
+  with_type<float, half, bf16>("partial_mlp", p.type, [&](auto t) { run<decltype(t)>(p, stream); });
 }
 
 }  // namespace tranche::cuda

@@ -195,7 +195,6 @@ static void product(const Product<K>& a, int64_t columns) {
 }
 
 // ---- weights [n][depth][segments] to panels [segments][depth][kPanel], zeros beyond n and depth
-// -----------------------------------------------------------------------------------------------
 
 TRANCHE_INLINE void put(float* cell, int, float value) { *cell = value; }
 TRANCHE_INLINE void put(double* cell, int, double value) { *cell = value; }

@@ -42,7 +42,6 @@ __device__ __forceinline__ T* out_as(const Params& p) {
 }
 
 // ---- asynchronous copies and shared memory
-// ------------------------------------------------------------------
 
 // out[i] = valid[i] ? a[i] : 0, through shared memory, in two groups: the odd chunks are waited for last.
 template <int bytes>
@@ -117,7 +116,6 @@ __global__ void named_barriers(Params p) {
 }
 
 // ---- matrices
-// -------------------------------------------------------------------------------------------------
 
 // a: 32 rows of 16 bytes; b: which of them each lane names; out[lane][register].
 template <int matrices, bool transposed>
@@ -159,7 +157,6 @@ __global__ void mma(Params p) {
 }
 
 // ---- lanes together
-// -----------------------------------------------------------------------------------------
 
 enum class Shuffle { index, up, down, exclusive_or };
 
@@ -230,7 +227,6 @@ __global__ void block_vote(Params p) {
 }
 
 // ---- atomics
-// ------------------------------------------------------------------------------------------------
 
 enum class Atomic {
   add,
@@ -271,7 +267,6 @@ __global__ void atomic(Params p) {
 }
 
 // ---- element by element
-// ---------------------------------------------------------------------------------------
 
 enum class Map {
   popc,
@@ -374,10 +369,8 @@ __global__ void indices(Params p) {
 }
 
 // ---- the table
-// ------------------------------------------------------------------------------------------------
 
 // ---- kernels that overlap on a stream
-// --------------------------------------------------------------------------------------------------------
 
 // The first kernel lets the second start and only then, after a while, writes out[i] = a[i]; the second waits
 // and adds what it finds at the other end.

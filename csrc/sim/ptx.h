@@ -16,7 +16,6 @@ inline uint32_t shared_address(const void* pointer, Site site = Site::here()) {
 }
 
 // ---- named barriers
-// -----------------------------------------------------------------------------------------
 
 inline void named_barrier_sync(uint32_t id, uint32_t count, Site site = Site::here()) {
   tranche_sim_named_barrier(id, count, true, site);
@@ -45,7 +44,6 @@ inline void cp_async_wait() {
 }
 
 // ---- 8x8 matrices of 16-bit elements between shared memory and registers
-// -----------------------------------
 
 namespace detail {
 
@@ -81,7 +79,6 @@ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, Site s
 }
 
 // ---- d = a * b + d, a row-major, b column-major, one warp
-// ---------------------------------------------------
 
 namespace detail {
 
@@ -145,7 +142,6 @@ __forceinline__ void mma_m16n8k16(int32_t (&d)[4], const uint32_t (&a)[2], uint3
 }
 
 // ---- conversions and arithmetic
-// ------------------------------------------------------------------------------
 
 template <class T>
 inline uint32_t pack(float low, float high) {
@@ -175,14 +171,12 @@ inline float log2_approx(float x) { return log2f(detail::flush(x)); }
 inline float reciprocal_approx(float x) { return detail::flush(1.0f / detail::flush(x)); }
 
 // ---- kernels that overlap on a stream
-// ----------------------------------------------------------------------------
 
 // Kernels run one after the other here; what is checked is that nothing is touched before the wait.
 inline void grid_dependency_wait() { tranche_sim_grid_dependency_wait(); }
 inline void grid_launch_dependents() {}
 
 // ---- global memory
-// -------------------------------------------------------------------------------------------
 
 inline uint4 load_streaming_16(const void* global, Site site = Site::here()) {
   return tranche_sim_load_16(global, site);

@@ -17,7 +17,6 @@ constexpr int kCount = 2048;
 constexpr unsigned kAll = 0xffffffffu;
 
 // ---- memory
-// ---------------------------------------------------------------------------------------------------
 
 __global__ void order(Params p) { p.data[blockIdx.x * blockDim.x + threadIdx.x] = atomicAdd(p.counter, 1); }
 
@@ -155,7 +154,6 @@ __global__ void ldmatrix_of_unwritten(Params p) {
 }
 
 // ---- warps
-// ------------------------------------------------------------------------------------------------------
 
 __global__ void warp_exchange(Params p) {
   SHARED(int32_t, values, 32);
@@ -241,7 +239,6 @@ __global__ void mma_after_exit(Params p) {
 }
 
 // ---- blocks
-// -------------------------------------------------------------------------------------------------------
 
 __global__ void barrier_after_exit(Params p) {
   SHARED(int32_t, values, 128);
@@ -297,7 +294,6 @@ __global__ void named_barrier_of_others(Params p) {
 }
 
 // ---- between blocks
-// -------------------------------------------------------------------------------------------------
 
 // Where the fence stands: 0 each thread before the barrier, 1 thread 0 after it, 2 nowhere, 3 after the
 // atomic.
@@ -345,7 +341,6 @@ __global__ void polls_for_ever(Params p) {
 }
 
 // ---- kernels that overlap
-// --------------------------------------------------------------------------------------------------
 
 __global__ void overlap_waits(Params p) {
   SHARED(int32_t, ready, 32);
@@ -368,7 +363,6 @@ __global__ void overlap_ends_without_wait(Params p) {
 }
 
 // ---- the unforeseen
-// ---------------------------------------------------------------------------------------------
 
 __attribute__((noinline)) int deep(volatile int* data, int depth) {
   volatile int frame[64];
@@ -392,7 +386,6 @@ __global__ void divides_by_zero(Params p) { p.data[threadIdx.x] = 5 / p.data[thr
 __global__ void shifts_too_far(Params p) { p.data[threadIdx.x] = 1 << (p.data[threadIdx.x] + 32); }
 
 // ---- the table
-// ------------------------------------------------------------------------------------------------------
 
 struct Entry {
   const char* name;

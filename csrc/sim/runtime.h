@@ -135,7 +135,6 @@ TRANCHE_SIM_API int64_t tranche_sim_clock();
 TRANCHE_SIM_API void tranche_sim_trap(const char* what, tranche::sim::Site site);
 
 // ---- for the code that launches, and for tests through ctypes
-// ----------------------------------------------
 
 // Once a host thread has registered a buffer, kernels that it launches may touch registered buffers only.
 TRANCHE_SIM_API void tranche_sim_register_buffer(const void* address, size_t bytes);

@@ -45,12 +45,8 @@ void check_out(const TensorChecks& check, const TreeAttentionArguments& a, const
   check.dim("out", out, 4, "[B, N, Hq, D]");
   check.dtype("out", out, {a.q.scalar_type()});
   check.same_device("out", out, "q", a.q);
-  const char* names[] = {"out.size(0)", "out.size(1)", "out.size(2)", "out.size(3)"};
-  const char* others[] = {"q.size(0)", "q.size(1)", "q.size(2)", "q.size(3)"};
-  for (int i = 0; i < 4; ++i) {
-    check.equal(names[i], out.size(i), others[i], a.q.size(i), "Allocate it with torch.empty_like(q).");
-  }
-  check.that(out.numel() == 0 || out.stride(3) == 1, "out.stride(-1) == 1", concat(out.stride(3)),
+  check.same_sizes("out", out, "q", a.q, 4, "Allocate it with torch.empty_like(q).");
+  check.that(out.numel() == 0 || out.stride(3) == 1, "out.stride(-1) == 1", out.stride(3),
              "Pass a tensor whose last dimension is contiguous.");
   for (int i = 0; i < 3; ++i) {
     check.that(out.numel() == 0 || out.size(i) == 1 || out.stride(i) != 0, "out whose rows lie apart",

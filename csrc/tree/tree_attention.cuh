@@ -93,7 +93,6 @@ struct Sequence {
 };
 
 // ---- rows and the keys they see
-// ------------------------------------------------------------------------------
 
 // The keys a block walks, by position. In the first pass a key's position is its slot.
 struct Keys {
@@ -153,7 +152,6 @@ __device__ __forceinline__ int path_length(const int64_t* ancestors, int node) {
 }
 
 // ---- the softmax state
-// ---------------------------------------------------------------------------------------
 
 // The weight of a score that is `difference` above another, whose weight is 1. Scores are to base 2; or
 // natural, which costs a product more and keeps float32's lse as near as the score itself.
@@ -287,7 +285,6 @@ struct StoredState {
 };
 
 // ---- results
-// ---------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int64_t partial_row(const TreeAttentionLaunch& plan, int b, int h, int slot,
                                                int row) {

@@ -35,7 +35,7 @@ inline void check_query(const TensorChecks& check, const TreeAttentionArguments&
   check.last_contiguous("q", a.q);
   bool supported = false;
   for (int64_t size : kTreeHeadSizes) supported = supported || a.head_dim() == size;
-  check.that(supported, "q.size(-1) in {32, 64, 80, 96, 128, 160, 192, 256}", concat(a.head_dim()),
+  check.that(supported, "q.size(-1) in {32, 64, 80, 96, 128, 160, 192, 256}", a.head_dim(),
              "Pad the heads of q and of both caches with zeros to the next of these sizes.");
   check_node_count(check, a.nodes());
 }
@@ -52,13 +52,9 @@ inline void check_caches(const TensorChecks& check, const TreeAttentionArguments
   check.last_contiguous("v_cache", a.v_cache);
   check.equal("k_cache.size(-1)", a.k_cache.size(3), "q.size(-1)", a.head_dim(),
               "Queries and keys are compared element by element.");
-  const char* names[] = {"v_cache.size(0)", "v_cache.size(1)", "v_cache.size(2)", "v_cache.size(3)"};
-  const char* others[] = {"k_cache.size(0)", "k_cache.size(1)", "k_cache.size(2)", "k_cache.size(3)"};
-  for (int i = 0; i < 4; ++i) {
-    check.equal(names[i], a.v_cache.size(i), others[i], a.k_cache.size(i), "Both caches have one shape.");
-  }
+  check.same_sizes("v_cache", a.v_cache, "k_cache", a.k_cache, 4, "Both caches have one shape.");
   check.that(a.heads_kv() > 0 && a.heads_q() % a.heads_kv() == 0,
-             concat("q.size(2) a multiple of k_cache.size(2) (", a.heads_kv(), ")"), concat(a.heads_q()),
+             concat("q.size(2) a multiple of k_cache.size(2) (", a.heads_kv(), ")"), a.heads_q(),
              "Each key/value head serves a whole number of query heads.");
   if (a.block_table) {
     const Tensor& table = *a.block_table;
@@ -73,7 +69,7 @@ inline void check_caches(const TensorChecks& check, const TreeAttentionArguments
     check.equal("k_cache.size(0)", a.k_cache.size(0), "q.size(0)", a.batch(),
                 "A cache without block_table holds one row per sequence.");
   }
-  check.that(a.capacity() <= INT32_MAX, "at most 2^31 - 1 slots in a sequence", concat(a.capacity()),
+  check.that(a.capacity() <= INT32_MAX, "at most 2^31 - 1 slots in a sequence", a.capacity(),
              "Use a smaller cache or block_table.");
 }
 
@@ -106,8 +102,8 @@ inline void check_lengths(const TensorChecks& check, const TreeAttentionArgument
     check.in_range("cache_seqlens", b, lengths[b], 0, a.capacity(),
                    "It counts the committed tokens in the cache.");
     const int64_t used = int64_t(lengths[b]) + counts[b];
-    if (used <= a.capacity()) continue;
-    check.index(false, concat("cache_seqlens[", b, "] + n_nodes[", b, "] <= ", a.capacity()), concat(used),
+    check.index(used <= a.capacity(), concat("cache_seqlens[", b, "] + n_nodes[", b, "] <= ", a.capacity()),
+                used,
                 a.block_table ? "Give block_table more pages: the tree's nodes need slots too."
                               : "Allocate a longer cache: the tree's nodes need slots too.");
   }
@@ -118,8 +114,8 @@ inline void check_lengths(const TensorChecks& check, const TreeAttentionArgument
     const int64_t used = (int64_t(lengths[b]) + counts[b] + a.page_size() - 1) / a.page_size();
     for (int64_t i = 0; i < used; ++i) {
       const int64_t page = pages[b * columns + i];
-      if (page >= 0 && page < a.pages()) continue;
-      check.index(false, concat("block_table[", b, ", ", i, "] in [0, ", a.pages(), ")"), concat(page),
+      check.index(page >= 0 && page < a.pages(),
+                  concat("block_table[", b, ", ", i, "] in [0, ", a.pages(), ")"), page,
                   "Every page that holds a used slot must exist in the cache.");
     }
   }
@@ -166,12 +162,11 @@ inline TreeAttentionParams make_params(const TreeAttentionArguments& a, const Te
 
 inline void set_scalars(const TensorChecks& check, TreeAttentionParams& p, std::optional<double> scale,
                         std::optional<int64_t> window, std::optional<double> softcap, bool exact) {
-  check.that(!scale || std::isfinite(*scale), "a finite scale", scale ? concat(*scale) : "",
+  check.that(!scale || std::isfinite(*scale), "a finite scale", scale ? *scale : 0.0,
              "Leave it out for D^-0.5.");
-  check.that(!window || *window > 0, "window > 0", window ? concat(*window) : "",
-             "Leave it out for no window.");
+  check.that(!window || *window > 0, "window > 0", window ? *window : 0, "Leave it out for no window.");
   check.that(!softcap || (std::isfinite(*softcap) && *softcap > 0), "a finite softcap > 0",
-             softcap ? concat(*softcap) : "", "Leave it out for no cap.");
+             softcap ? *softcap : 0.0, "Leave it out for no cap.");
   p.scale_f64 = scale.value_or(1.0 / std::sqrt(double(p.head_dim)));
   p.scale = float(p.scale_f64);
   p.window = window.value_or(0);

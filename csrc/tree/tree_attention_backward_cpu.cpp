@@ -6,6 +6,7 @@
 // a KV head of all sequences, in order: nothing is added by two threads, and the order of every sum is fixed.
 #include "tree/tree_attention_backward.h"
 
+#include "core/dispatch.h"
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "tree/tree_attention_backward_cpu.h"
@@ -305,18 +306,10 @@ size_t tree_attention_backward_workspace(const TreeAttentionBackwardParams& para
 }
 
 void tree_attention_backward(const TreeAttentionBackwardParams& params) {
-  switch (params.forward.q_type) {
-    case DType::f64:
-      return run<double, double>(params);
-    case DType::f32:
-      return run<float, float>(params);
-    case DType::f16:
-      return run<half, float>(params);
-    case DType::bf16:
-      return run<bf16, float>(params);
-    default:
-      return;
-  }
+  with_type<double, float, half, bf16>("tree_attention_backward", params.forward.q_type, [&](auto t) {
+    using T = decltype(t);
+    run<T, typename compute_type<T>::type>(params);
+  });
 }
 
 }  // namespace tranche::cpu::TRANCHE_ISA

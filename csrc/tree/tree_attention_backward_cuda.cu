@@ -1,5 +1,7 @@
 #include "tree/tree_attention_backward.cuh"
 
+#include "core/dispatch.h"
+
 namespace tranche::cuda {
 namespace {
 
@@ -97,16 +99,8 @@ void tree_attention_backward(const TreeAttentionBackwardParams& params, void* st
   plan.group = p.heads_q / p.heads_kv;
   plan.rows_per_head = p.nodes * plan.group;
   plan.aligned = all_aligned(params, p.q_type == DType::f32 ? 16 : 8);
-  switch (p.q_type) {
-    case DType::f32:
-      return run<float>(plan, stream);
-    case DType::f16:
-      return run<half>(plan, stream);
-    case DType::bf16:
-      return run<bf16>(plan, stream);
-    default:
-      throw std::runtime_error("tranche: tree_attention_backward: float32, float16 and bfloat16 only");
-  }
+  with_type<float, half, bf16>("tree_attention_backward", p.q_type,
+                               [&](auto t) { run<decltype(t)>(plan, stream); });
 }
 
 }  // namespace tranche::cuda

@@ -43,7 +43,6 @@ struct BackwardTraits {
 };
 
 // ---- products
-// ------------------------------------------------------------------------------------------------
 
 // sum += left right, for 16 rows and 8 kN columns. Memory rows of `left` are its rows, or with kLeftDown its
 // depth; memory rows of `right` are its columns, or with kRightDown its depth.
@@ -111,7 +110,6 @@ __device__ __forceinline__ void product(float (&sum)[kN][4], const float* left, 
 }
 
 // ---- a tile
-// --------------------------------------------------------------------------------------------------
 
 // Four neighbours of a row, to shared memory; false if one is not finite.
 template <class T>

@@ -1,5 +1,6 @@
 // tree_attention on the CPU, compiled once per instruction set: chooses the kernel for the types at hand.
 #include "tree/tree_attention_cpu.h"
+#include "core/dispatch.h"
 #include "core/isa.h"
 #include "tree/tree_attention_cpu_f64.h"
 #include "tree/tree_attention_cpu_fma.h"
@@ -30,33 +31,24 @@ template <class Q, class KV>
 using Kernel = typename Choice<Q, KV>::Kernel;
 #endif
 
-// f(kernel tag) for the types in use; the op has refused all others.
+// f(kernel tag) for the types in use.
 template <class K>
 struct Tag {
   using type = K;
 };
 template <class F>
-TRANCHE_INLINE void with_kernel(const TreeAttentionParams& p, const F& f) {
-  const bool fp8 = p.kv_type == DType::e4m3;
-  switch (p.q_type) {
-    case DType::f32:
-      return fp8 ? f(Tag<Kernel<float, e4m3>>()) : f(Tag<Kernel<float, float>>());
-    case DType::f16:
-      return fp8 ? f(Tag<Kernel<half, e4m3>>()) : f(Tag<Kernel<half, half>>());
-    case DType::bf16:
-      return fp8 ? f(Tag<Kernel<bf16, e4m3>>()) : f(Tag<Kernel<bf16, bf16>>());
-    default:
-      return;
-  }
+TRANCHE_INLINE auto with_kernel(const TreeAttentionParams& p, const F& f) {
+  return with_type<float, half, bf16>("tree_attention", p.q_type, [&](auto t) {
+    using T = decltype(t);
+    return p.kv_type == DType::e4m3 ? f(Tag<Kernel<T, e4m3>>()) : f(Tag<Kernel<T, T>>());
+  });
 }
 
 }  // namespace
 
 size_t tree_attention_workspace(const TreeAttentionParams& p) {
   if (p.q_type == DType::f64) return workspace_bytes_f64(p);
-  size_t bytes = 0;
-  with_kernel(p, [&](auto tag) { bytes = workspace_bytes<typename decltype(tag)::type>(p); });
-  return bytes;
+  return with_kernel(p, [&](auto tag) { return workspace_bytes<typename decltype(tag)::type>(p); });
 }
 
 void tree_attention(const TreeAttentionParams& p) {

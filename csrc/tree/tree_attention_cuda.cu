@@ -1,6 +1,7 @@
 // Plans and launches tree_attention: which variant, how many blocks, where partial results go.
 #include <cstdlib>
 
+#include "core/dispatch.h"
 #include "tree/tree_attention_merge.cuh"
 #include "tree/tree_attention_variants.h"
 
@@ -22,16 +23,9 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr size_t align_256(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 Variant choose(const TreeAttentionParams& p, int64_t rows) {
-  switch (p.q_type) {
-    case DType::f16:
-      return tree_attention_f16(p.head_dim, rows);
-    case DType::bf16:
-      return tree_attention_bf16(p.head_dim, rows);
-    case DType::f32:
-      return tree_attention_f32(p.head_dim, rows);
-    default:
-      throw std::invalid_argument("tranche: tree_attention: no CUDA kernel for this dtype");
-  }
+  return with_type<float, half, bf16>("tree_attention", p.q_type, [&](auto t) {
+    return tree_attention_variant<decltype(t)>(p.head_dim, rows);
+  });
 }
 
 bool aligned(const void* pointer, const int64_t (&strides)[3], int64_t element, int64_t bytes) {
@@ -132,17 +126,8 @@ void tree_attention(const TreeAttentionParams& p, void* stream) {
            paths);
   }
   if (plan.merge) {
-    switch (p.q_type) {
-      case DType::f16:
-        launch_merge<half>(l, stream);
-        break;
-      case DType::bf16:
-        launch_merge<bf16>(l, stream);
-        break;
-      default:
-        launch_merge<float>(l, stream);
-        break;
-    }
+    with_type<float, half, bf16>("tree_attention", p.q_type,
+                                 [&](auto t) { launch_merge<decltype(t)>(l, stream); });
   }
 }
 

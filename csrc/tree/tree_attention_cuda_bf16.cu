@@ -2,7 +2,8 @@
 
 namespace tranche::cuda {
 
-TreeAttentionVariant tree_attention_bf16(int head_dim, int64_t rows) {
+template <>
+TreeAttentionVariant tree_attention_variant<bf16>(int head_dim, int64_t rows) {
   return choose_mma<bf16>(head_dim, rows);
 }
 

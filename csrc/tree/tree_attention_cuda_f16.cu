@@ -2,7 +2,8 @@
 
 namespace tranche::cuda {
 
-TreeAttentionVariant tree_attention_f16(int head_dim, int64_t rows) {
+template <>
+TreeAttentionVariant tree_attention_variant<half>(int head_dim, int64_t rows) {
   return choose_mma<half>(head_dim, rows);
 }
 

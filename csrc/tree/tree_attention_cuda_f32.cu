@@ -17,7 +17,8 @@ TreeAttentionVariant ffma_variant() {
 
 }  // namespace
 
-TreeAttentionVariant tree_attention_f32(int head_dim, int64_t rows) {
+template <>
+TreeAttentionVariant tree_attention_variant<float>(int head_dim, int64_t rows) {
   const bool few_rows = rows <= 16;
   if (head_dim <= 64) return few_rows ? ffma_variant<64, 2>() : ffma_variant<64, 4>();
   if (head_dim <= 128) return few_rows ? ffma_variant<128, 2>() : ffma_variant<128, 4>();

@@ -19,8 +19,13 @@ struct TreeAttentionVariant {
 
 // The variant for a head size and this many packed rows. All that a head size has share the MMA instruction,
 // tile, chunk and order of sums. One for one row always walks paths.
-TreeAttentionVariant tree_attention_f16(int head_dim, int64_t rows);
-TreeAttentionVariant tree_attention_bf16(int head_dim, int64_t rows);
-TreeAttentionVariant tree_attention_f32(int head_dim, int64_t rows);
+template <class T>
+TreeAttentionVariant tree_attention_variant(int head_dim, int64_t rows);
+template <>
+TreeAttentionVariant tree_attention_variant<float>(int head_dim, int64_t rows);
+template <>
+TreeAttentionVariant tree_attention_variant<half>(int head_dim, int64_t rows);
+template <>
+TreeAttentionVariant tree_attention_variant<bf16>(int head_dim, int64_t rows);
 
 }  // namespace tranche::cuda

@@ -11,9 +11,9 @@ inline int64_t slots_of_sequence(const Tensor& cache, const std::optional<Tensor
 }
 
 // The layout of one cache tensor [B, S, Hkv, D], or [pages, page_size, Hkv, D] with a block table.
-inline void check_cache_layout(const TensorChecks& check, const char* name, const Tensor& cache,
-                               const std::optional<Tensor>& block_table, int64_t batch,
-                               const char* batch_name, const Tensor& like, const char* like_name) {
+inline void check_cache_layout(const TensorChecks& check, Phrase name, const Tensor& cache,
+                               const std::optional<Tensor>& block_table, int64_t batch, Phrase batch_name,
+                               const Tensor& like, Phrase like_name) {
   check.dim(name, cache, 4, block_table ? "[pages, page_size, Hkv, D]" : "[B, S, Hkv, D]");
   check.same_device(name, cache, like_name, like);
   check.last_contiguous(name, cache);
@@ -29,11 +29,11 @@ inline void check_cache_layout(const TensorChecks& check, const char* name, cons
     check.that(cache.size(1) > 0, concat(name, ".size(1) > 0 (slots per page)"), "0",
                "Allocate pages with slots.");
   } else {
-    check.equal(concat(name, ".size(0)").c_str(), cache.size(0), batch_name, batch,
+    check.equal(concat(name, ".size(0)"), cache.size(0), batch_name, batch,
                 "A cache without block_table holds one row per sequence.");
   }
   check.that(slots_of_sequence(cache, block_table) <= INT32_MAX, "at most 2^31 - 1 slots in a sequence",
-             concat(slots_of_sequence(cache, block_table)), "Use a smaller cache or block_table.");
+             slots_of_sequence(cache, block_table), "Use a smaller cache or block_table.");
 }
 
 inline CacheSlots cache_slots(const Tensor& cache, const std::optional<Tensor>& block_table) {
@@ -55,20 +55,19 @@ class SlotValues {
 
   int64_t length(int64_t b) const { return lengths_[b]; }
 
-  void check(int64_t b, int64_t more, const char* what) const {
+  void check(int64_t b, int64_t more, Phrase what) const {
     const int64_t length = lengths_[b];
     check_.in_range("cache_seqlens", b, length, 0, slots_.capacity,
                     "It counts the committed tokens in the cache.");
-    if (length + more > slots_.capacity)
-      check_.index(false, concat("cache_seqlens[", b, "] + ", what, " <= ", slots_.capacity),
-                   concat(length + more),
-                   pages_ ? "Give block_table more pages." : "Allocate a longer cache.");
+    check_.index(length + more <= slots_.capacity,
+                 concat("cache_seqlens[", b, "] + ", what, " <= ", slots_.capacity), length + more,
+                 pages_ ? "Give block_table more pages." : "Allocate a longer cache.");
     if (!pages_) return;
     for (int64_t i = length / slots_.page_size; i * slots_.page_size < length + more; ++i) {
       const int64_t page = (*pages_)[b * columns_ + i];
-      if (page >= 0 && page < slots_.num_pages) continue;
-      check_.index(false, concat("block_table[", b, ", ", i, "] in [0, ", slots_.num_pages, ")"),
-                   concat(page), "Every page that holds a used slot must exist in the cache.");
+      check_.index(page >= 0 && page < slots_.num_pages,
+                   concat("block_table[", b, ", ", i, "] in [0, ", slots_.num_pages, ")"), page,
+                   "Every page that holds a used slot must exist in the cache.");
     }
   }
 

@@ -7,7 +7,7 @@
 namespace tranche {
 
 inline void check_node_count(const TensorChecks& check, int64_t nodes) {
-  check.that(nodes <= kMaxTreeNodes, concat("at most ", kMaxTreeNodes, " nodes in a tree"), concat(nodes),
+  check.that(nodes <= kMaxTreeNodes, concat("at most ", kMaxTreeNodes, " nodes in a tree"), nodes,
              "Prune the tree, or feed a long prompt as chained chunks (Tree.chain).");
 }
 
@@ -27,18 +27,17 @@ inline void check_parents(const TensorChecks& check, const Tensor& parent, const
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t i = 0; i < counts[b]; ++i) {
       const int64_t got = parents[b * nodes + i];
-      if (i == 0 ? got == -1 : got >= 0 && got < i) continue;
-      check.index(false,
-                  concat("parent[", b, ", ", i, "] ",
-                         i == 0 ? std::string("== -1 (the root)") : concat("in [0, ", i, ")")),
-                  concat(got), "Number the nodes so that every parent comes before its children.");
+      check.index(i > 0 || got == -1, concat("parent[", b, ", 0] == -1 (the root)"), got,
+                  "A tree begins with its root.");
+      check.index(i == 0 || (got >= 0 && got < i), concat("parent[", b, ", ", i, "] in [0, ", i, ")"), got,
+                  "Number the nodes so that every parent comes before its children.");
     }
   }
 }
 
 // The tensors of a walk down the tree: tokens, parent [B, N] and n_nodes [B], for B and N of `other`.
 inline void check_walk(const TensorChecks& check, const Tensor& tokens, const Tensor& parent,
-                       const Tensor& n_nodes, const char* other_name, const Tensor& other) {
+                       const Tensor& n_nodes, Phrase other_name, const Tensor& other) {
   const int64_t batch = other.size(0), nodes = other.size(1);
   check_node_count(check, nodes);
   check.exactly("tokens", tokens, ScalarType::Long, {batch, nodes}, "[B, N]", other_name, other);

@@ -34,16 +34,13 @@ bool same(const CompactLayout& a, const CompactLayout& b) {
 void check_caches(const TensorChecks& check, const std::vector<Tensor>& caches, int64_t batch,
                   const std::optional<Tensor>& block_table, const Tensor& path) {
   for (size_t i = 0; i < caches.size(); ++i) {
-    const std::string name = concat("caches[", i, "]");
-    check_cache_layout(check, name.c_str(), caches[i], block_table, batch, "path.size(0)", path, "path");
-    check.dtype(name.c_str(), caches[i],
+    const auto name = "caches[" + std::to_string(i) + "]";
+    check_cache_layout(check, name, caches[i], block_table, batch, "path.size(0)", path, "path");
+    check.dtype(name, caches[i],
                 {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double,
                  ScalarType::Float8_e4m3fn});
-    for (int64_t d = 0; d < 2; ++d) {
-      check.equal(concat(name, ".size(", d, ")").c_str(), caches[i].size(d),
-                  concat("caches[0].size(", d, ")").c_str(), caches[0].size(d),
-                  "All caches of a call hold the same sequences in the same slots.");
-    }
+    check.same_sizes(name, caches[i], "caches[0]", caches[0], 2,
+                     "All caches of a call hold the same sequences in the same slots.");
   }
 }
 
@@ -60,10 +57,10 @@ void check_paths(const TensorChecks& check, const Tensor& path, const Tensor& le
     for (int64_t j = 0; !nothing && j <= lengths[b]; ++j) {
       const int64_t before = last;
       last = paths[b * nodes + j];
-      const bool ascends = j == 0 ? last == 0 : last > before && last < nodes;
-      if (ascends) continue;
-      const std::string range = j == 0 ? "== 0 (the root)" : concat("in (", before, ", ", nodes, ")");
-      check.index(false, concat("path[", b, ", ", j, "] ", range), concat(last),
+      check.index(j > 0 || last == 0, concat("path[", b, ", 0] == 0 (the root)"), last,
+                  "An accepted path begins at the root.");
+      check.index(last > before && last < nodes,
+                  concat("path[", b, ", ", j, "] in (", before, ", ", nodes, ")"), last,
                   "An accepted path goes from the root to ever larger nodes.");
     }
     values.check(b, last + 1, "the accepted nodes");

@@ -21,12 +21,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tree_expand_beam(const Tensor
   const bool is_double = logprobs.scalar_type() == ScalarType::Double;
   const ScalarType score_type = is_double ? ScalarType::Double : ScalarType::Float;
   check.exactly("beam_scores", beam_scores, score_type, {batch, beams}, "[B, K]", "logprobs", logprobs);
-  check.that(beams >= 1 && beams <= kMaxBeam, concat("logprobs.size(1) in [1, ", kMaxBeam, "]"),
-             concat(beams), "A level grows from 1 to 128 beams.");
-  check.that(vocab <= kMaxVocab, concat("logprobs.size(2) <= ", kMaxVocab), concat(vocab),
+  check.that(beams >= 1 && beams <= kMaxBeam, concat("logprobs.size(1) in [1, ", kMaxBeam, "]"), beams,
+             "A level grows from 1 to 128 beams.");
+  check.that(vocab <= kMaxVocab, concat("logprobs.size(2) <= ", kMaxVocab), vocab,
              "Use a smaller vocabulary.");
-  check.that(k >= 0 && k <= kMaxBeam, concat("k in [0, ", kMaxBeam, "]"), concat(k), "Keep a narrower beam.");
-  check.that(k <= vocab, concat("k <= logprobs.size(2) (", vocab, ")"), concat(k),
+  check.that(k >= 0 && k <= kMaxBeam, concat("k in [0, ", kMaxBeam, "]"), k, "Keep a narrower beam.");
+  check.that(k <= vocab, concat("k <= logprobs.size(2) (", vocab, ")"), k,
              "A beam has no more children than there are tokens.");
 
   Tensor scores = empty_on(logprobs, {batch, k}, score_type);

@@ -3,6 +3,7 @@
 //
 // Lists are filled in ascending order of token (chunk, flat position), and only a greater score displaces:
 // ties go to the lower one by themselves.
+#include "core/dispatch.h"
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "core/simd.h"
@@ -128,18 +129,10 @@ size_t tree_expand_beam_workspace(const TreeExpandBeamParams& p) {
 }
 
 void tree_expand_beam(const TreeExpandBeamParams& p) {
-  switch (p.type) {
-    case DType::f64:
-      return expand<double, double>(p);
-    case DType::f32:
-      return expand<float, float>(p);
-    case DType::f16:
-      return expand<half, float>(p);
-    case DType::bf16:
-      return expand<bf16, float>(p);
-    case DType::e4m3:
-      return;  // the op admits no such logprobs
-  }
+  with_type<double, float, half, bf16>("tree_expand_beam", p.type, [&](auto t) {
+    using T = decltype(t);
+    expand<T, typename compute_type<T>::type>(p);
+  });
 }
 
 }  // namespace tranche::cpu::TRANCHE_ISA

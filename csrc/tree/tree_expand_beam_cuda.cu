@@ -1,5 +1,7 @@
 #include "tree/tree_expand_beam.cuh"
 
+#include "core/dispatch.h"
+
 namespace tranche::cuda {
 namespace {
 
@@ -37,16 +39,8 @@ size_t tree_expand_beam_workspace(const TreeExpandBeamParams& p) {
 }
 
 void tree_expand_beam(const TreeExpandBeamParams& p, void* stream) {
-  switch (p.type) {
-    case DType::f32:
-      return launch_kernel<float>(p, stream);
-    case DType::f16:
-      return launch_kernel<half>(p, stream);
-    case DType::bf16:
-      return launch_kernel<bf16>(p, stream);
-    default:
-      throw std::runtime_error("tranche: tree_expand_beam: dtype was not checked");
-  }
+  with_type<float, half, bf16>("tree_expand_beam", p.type,
+                               [&](auto t) { launch_kernel<decltype(t)>(p, stream); });
 }
 
 }  // namespace tranche::cuda

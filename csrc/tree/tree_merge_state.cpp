@@ -21,11 +21,7 @@ std::tuple<Tensor, Tensor> tree_merge_state(const Tensor& out_a, const Tensor& l
   check.dtype("out_b", out_b, {out_a.scalar_type()});
   check.same_device("out_b", out_b, "out_a", out_a);
   check.last_contiguous("out_b", out_b);
-  const char* names[] = {"out_b.size(0)", "out_b.size(1)", "out_b.size(2)", "out_b.size(3)"};
-  const char* others[] = {"out_a.size(0)", "out_a.size(1)", "out_a.size(2)", "out_a.size(3)"};
-  for (int i = 0; i < 4; ++i) {
-    check.equal(names[i], out_b.size(i), others[i], out_a.size(i), "Both sides hold the same rows.");
-  }
+  check.same_sizes("out_b", out_b, "out_a", out_a, 4, "Both sides hold the same rows.");
   const int64_t batch = out_a.size(0), nodes = out_a.size(1), heads = out_a.size(2), head_dim = out_a.size(3);
   check.exactly("lse_a", lse_a, ScalarType::Float, {batch, nodes, heads}, "[B, N, Hq]", "out_a", out_a);
   check.exactly("lse_b", lse_b, ScalarType::Float, {batch, nodes, heads}, "[B, N, Hq]", "out_a", out_a);

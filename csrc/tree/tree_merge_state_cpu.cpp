@@ -1,4 +1,5 @@
 // One row after the other: two weights, then a sum that the compiler vectorises.
+#include "core/dispatch.h"
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "core/simd.h"
@@ -69,18 +70,7 @@ void merge(const TreeMergeStateParams& p) {
 }  // namespace
 
 void tree_merge_state(const TreeMergeStateParams& p) {
-  switch (p.type) {
-    case DType::f64:
-      return merge<double>(p);
-    case DType::f32:
-      return merge<float>(p);
-    case DType::f16:
-      return merge<half>(p);
-    case DType::bf16:
-      return merge<bf16>(p);
-    default:
-      return;
-  }
+  with_type<double, float, half, bf16>("tree_merge_state", p.type, [&](auto t) { merge<decltype(t)>(p); });
 }
 
 }  // namespace tranche::cpu::TRANCHE_ISA

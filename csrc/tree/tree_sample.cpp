@@ -19,8 +19,8 @@ void check_logits(const TensorChecks& check, const Tensor& logits) {
   check.dtype("logits", logits, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
   check.last_contiguous("logits", logits);
   const int64_t vocab = logits.size(logits.dim() - 1);
-  check.that(vocab >= 1 && vocab <= kMaxVocab, concat("logits.size(-1) in [1, ", kMaxVocab, "]"),
-             concat(vocab), "A row holds one logit per token of the vocabulary.");
+  check.that(vocab >= 1 && vocab <= kMaxVocab, concat("logits.size(-1) in [1, ", kMaxVocab, "]"), vocab,
+             "A row holds one logit per token of the vocabulary.");
 }
 
 void check_sampling(const TensorChecks& check, const SamplingTensors& s, int64_t batch,
@@ -35,12 +35,11 @@ void check_sampling(const TensorChecks& check, const SamplingTensors& s, int64_t
   const HostValues<int32_t> counts(s.top_k);
   for (int64_t b = 0; b < batch; ++b) {
     if (!(std::isfinite(temperatures[b]) && temperatures[b] >= 0)) {
-      check.index(false, concat("temperature[", b, "] finite and >= 0"), concat(temperatures[b]),
-                  "0 is greedy.");
+      check.index(false, concat("temperature[", b, "] finite and >= 0"), temperatures[b], "0 is greedy.");
     }
     check.in_range("top_k", b, counts[b], 0, INT32_MAX, "0 keeps all tokens.");
     if (!(shares[b] >= 0 && shares[b] <= 1)) {
-      check.index(false, concat("top_p[", b, "] in [0, 1]"), concat(shares[b]), "1 keeps all tokens.");
+      check.index(false, concat("top_p[", b, "] in [0, 1]"), shares[b], "1 keeps all tokens.");
     }
   }
 }
@@ -66,11 +65,9 @@ TreeSampleParams sampling_params(const SamplingTensors& s, const Tensor& logits,
 // `others` are the tensors that the kernel touches beside logits.
 template <class... Tensors>
 void run(TreeSampleParams& params, const Tensor& logits, [[maybe_unused]] const SamplingTensors& s,
-         const Tensors&... others) {
+         [[maybe_unused]] const Tensors&... others) {
   const TreeSampleSpace space = KERNEL(tree_sample_space)(params);
-  const std::vector<int64_t> zeroed_size = {space.zeroed};
-  const Tensor zeroed = torch::stable::new_zeros(
-      logits, torch::headeronly::IntHeaderOnlyArrayRef(zeroed_size.data(), 1), ScalarType::Byte);
+  const Tensor zeroed = zeros_on(logits, {space.zeroed}, ScalarType::Byte);
   const Tensor scratch = empty_on(logits, {space.scratch}, ScalarType::Byte);
   params.zeroed = zeroed.mutable_data_ptr();
   params.scratch = scratch.mutable_data_ptr();

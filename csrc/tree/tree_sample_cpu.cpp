@@ -2,6 +2,7 @@
 // the weight and the count of each interval of y, which tell where the cut falls; the kept weight of each
 // block, and the few tokens of the interval that the cut divides. Then the drawn token's block is read once
 // more. See tree_sampling.h for the rule.
+#include "core/dispatch.h"
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "core/simd.h"
@@ -308,21 +309,11 @@ TreeSampleSpace tree_sample_space(const TreeSampleParams& p) {
 
 void tree_sample(const TreeSampleParams& p) {
   const int64_t tasks = task_count(p);
-  parallel_for(tasks, [&](int64_t task) {
-    const Scratch scratch = Scratch::at(p.scratch, task, p.vocab);
-    for (int64_t b = task; b < p.batch; b += tasks) {
-      switch (p.type) {
-        case DType::f16:
-          one_sequence<half>(p, b, scratch);
-          break;
-        case DType::bf16:
-          one_sequence<bf16>(p, b, scratch);
-          break;
-        default:
-          one_sequence<float>(p, b, scratch);
-          break;
-      }
-    }
+  with_type<float, half, bf16>("tree_sample", p.type, [&](auto t) {
+    parallel_for(tasks, [&](int64_t task) {
+      const Scratch scratch = Scratch::at(p.scratch, task, p.vocab);
+      for (int64_t b = task; b < p.batch; b += tasks) one_sequence<decltype(t)>(p, b, scratch);
+    });
   });
 }
 

@@ -1,5 +1,7 @@
 #include "tree/tree_sample.cuh"
 
+#include "core/dispatch.h"
+
 namespace tranche::cuda {
 
 namespace {
@@ -30,17 +32,7 @@ TreeSampleSpace tree_sample_space(const TreeSampleParams& p) {
 }
 
 void tree_sample(const TreeSampleParams& p, void* stream) {
-  switch (p.type) {
-    case DType::f16:
-      run<half>(p, stream);
-      break;
-    case DType::bf16:
-      run<bf16>(p, stream);
-      break;
-    default:
-      run<float>(p, stream);
-      break;
-  }
+  with_type<float, half, bf16>("tree_sample", p.type, [&](auto t) { run<decltype(t)>(p, stream); });
 }
 
 }  // namespace tranche::cuda

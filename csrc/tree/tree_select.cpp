@@ -13,8 +13,7 @@ void check_candidate_parents(const TensorChecks& check, const Tensor& parents) {
   for (int64_t b = 0; b < parents.size(0); ++b) {
     for (int64_t c = 0; c < candidates; ++c) {
       const int64_t got = values[b * candidates + c];
-      if (got >= -1 && got < c) continue;
-      check.index(false, concat("parents[", b, ", ", c, "] in [-1, ", c, ")"), concat(got),
+      check.index(got >= -1 && got < c, concat("parents[", b, ", ", c, "] in [-1, ", c, ")"), got,
                   "A candidate's parent is an earlier candidate, or -1 for the root.");
     }
   }
@@ -34,12 +33,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tree_select(const Ten
 #endif
   check.contiguous("scores", scores);
   const int64_t batch = scores.size(0), candidates = scores.size(1);
-  check.that(candidates <= kMaxCandidates, concat("scores.size(1) <= ", kMaxCandidates), concat(candidates),
+  check.that(candidates <= kMaxCandidates, concat("scores.size(1) <= ", kMaxCandidates), candidates,
              "Drop the candidates that cannot be chosen.");
   check.exactly("parents", parents, ScalarType::Int, {batch, candidates}, "[B, C]", "scores", scores);
   check.exactly("tokens", tokens, ScalarType::Long, {batch, candidates}, "[B, C]", "scores", scores);
   check.exactly("root_tokens", root_tokens, ScalarType::Long, {batch}, "[B]", "scores", scores);
-  check.that(nodes >= 1, "n_nodes >= 1", concat(nodes), "The root is a node.");
+  check.that(nodes >= 1, "n_nodes >= 1", nodes, "The root is a node.");
   check_node_count(check, nodes);
 
   const int64_t words = (nodes + 63) / 64;

@@ -16,14 +16,13 @@ std::tuple<Tensor, Tensor, Tensor> tree_verify_typical(const Tensor& tokens, con
   check.dtype("logits", logits, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
   check.last_contiguous("logits", logits);
   const int64_t batch = logits.size(0), nodes = logits.size(1), vocab = logits.size(2);
-  check.that(vocab >= 1 && vocab <= kMaxVocab, concat("logits.size(-1) in [1, ", kMaxVocab, "]"),
-             concat(vocab), "A row holds one logit per token of the vocabulary.");
+  check.that(vocab >= 1 && vocab <= kMaxVocab, concat("logits.size(-1) in [1, ", kMaxVocab, "]"), vocab,
+             "A row holds one logit per token of the vocabulary.");
   check_walk(check, tokens, parent, n_nodes, "logits", logits);
-  check.that(std::isfinite(temperature) && temperature > 0, "a finite temperature > 0", concat(temperature),
+  check.that(std::isfinite(temperature) && temperature > 0, "a finite temperature > 0", temperature,
              "Use verify_greedy for temperature 0.");
-  check.that(epsilon >= 0, "epsilon >= 0", concat(epsilon),
-             "It is the least probability that is always enough.");
-  check.that(delta >= 0, "delta >= 0", concat(delta), "It is what exp(-entropy) is multiplied with.");
+  check.that(epsilon >= 0, "epsilon >= 0", epsilon, "It is the least probability that is always enough.");
+  check.that(delta >= 0, "delta >= 0", delta, "It is what exp(-entropy) is multiplied with.");
 
   Tensor path = empty_on(logits, {batch, nodes}, ScalarType::Int);
   Tensor length = empty_on(logits, {batch}, ScalarType::Int);

@@ -1,5 +1,6 @@
 // Nodes in order, so that a row is read only if its node is accepted: twice where it has children, once (for
 // the largest logit) where it has none.
+#include "core/dispatch.h"
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "core/simd.h"
@@ -77,18 +78,8 @@ void one_sequence(const TreeVerifyTypicalParams& p, int64_t b) {
 }  // namespace
 
 void tree_verify_typical(const TreeVerifyTypicalParams& p) {
-  parallel_for(p.batch, [&](int64_t b) {
-    switch (p.type) {
-      case DType::f16:
-        one_sequence<half>(p, b);
-        break;
-      case DType::bf16:
-        one_sequence<bf16>(p, b);
-        break;
-      default:
-        one_sequence<float>(p, b);
-        break;
-    }
+  with_type<float, half, bf16>("tree_verify_typical", p.type, [&](auto t) {
+    parallel_for(p.batch, [&](int64_t b) { one_sequence<decltype(t)>(p, b); });
   });
 }
 

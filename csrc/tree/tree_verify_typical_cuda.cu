@@ -1,5 +1,7 @@
 #include "tree/tree_verify_typical.cuh"
 
+#include "core/dispatch.h"
+
 namespace tranche::cuda {
 
 namespace {
@@ -15,17 +17,7 @@ void run(const TreeVerifyTypicalParams& p, void* stream) {
 }  // namespace
 
 void tree_verify_typical(const TreeVerifyTypicalParams& p, void* stream) {
-  switch (p.type) {
-    case DType::f16:
-      run<half>(p, stream);
-      break;
-    case DType::bf16:
-      run<bf16>(p, stream);
-      break;
-    default:
-      run<float>(p, stream);
-      break;
-  }
+  with_type<float, half, bf16>("tree_verify_typical", p.type, [&](auto t) { run<decltype(t)>(p, stream); });
 }
 
 }  // namespace tranche::cuda

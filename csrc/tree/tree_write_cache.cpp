@@ -64,14 +64,12 @@ void check_rope(const TensorChecks& check, const WriteArguments& a) {
              "Pass rope=(cos, sin).");
   if (!a.cos) return;
   const int64_t size = a.k.size(3);
-  check.that(size % 2 == 0, "an even k.size(3) for rope", concat(size),
-             "Rotation pairs the halves of a head.");
+  check.that(size % 2 == 0, "an even k.size(3) for rope", size, "Rotation pairs the halves of a head.");
   check.dim("cos", *a.cos, 2, "[positions, D] or [positions, D/2]");
   const int64_t rows = a.cos->size(0), width = a.cos->size(1);
-  check.that(width == size || 2 * width == size, concat("cos.size(1) in {", size, ", ", size / 2, "}"),
-             concat(width), "A table has an angle per element, or per pair of elements e and e + D/2.");
-  check.that(rows > 0 && rows <= INT32_MAX, "cos.size(0) in [1, 2^31)", concat(rows),
-             "Give the tables positions.");
+  check.that(width == size || 2 * width == size, concat("cos.size(1) in {", size, ", ", size / 2, "}"), width,
+             "A table has an angle per element, or per pair of elements e and e + D/2.");
+  check.that(rows > 0 && rows <= INT32_MAX, "cos.size(0) in [1, 2^31)", rows, "Give the tables positions.");
   const bool wide = a.cos->scalar_type() == ScalarType::Float;
   check.exactly("cos", *a.cos, wide ? ScalarType::Float : a.k.scalar_type(), {rows, width},
                 "[positions, D or D/2]", "k", a.k);
@@ -83,12 +81,12 @@ void check_slots(const TensorChecks& check, const WriteArguments& a, const TreeW
   check_n_nodes(check, counts, p.batch, p.nodes);
   const SlotValues values(check, a.cache_seqlens, p.slots, a.block_table);
   for (int64_t b = 0; b < p.batch; ++b) {
-    values.check(b, counts[b], concat("n_nodes[", b, "]").c_str());
+    values.check(b, counts[b], concat("n_nodes[", b, "]"));
     for (int64_t i = 0; a.cos && i < counts[b]; ++i) {
       const int64_t position = values.length(b) + depths[b * p.nodes + i];
-      if (position >= 0 && position < p.positions) continue;
-      check.index(false, concat("cache_seqlens[", b, "] + depth[", b, ", ", i, "] in [0, ", p.positions, ")"),
-                  concat(position), "Give rope tables as many rows as positions.");
+      check.index(position >= 0 && position < p.positions,
+                  concat("cache_seqlens[", b, "] + depth[", b, ", ", i, "] in [0, ", p.positions, ")"),
+                  position, "Give rope tables as many rows as positions.");
     }
   }
 }

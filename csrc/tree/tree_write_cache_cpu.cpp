@@ -2,6 +2,7 @@
 // (doubles).
 #include <cstring>
 
+#include "core/dispatch.h"
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "core/simd.h"
@@ -117,27 +118,16 @@ void all_nodes(const TreeWriteCacheParams& p) {
   }
 }
 
-template <class T>
-void any_cache(const TreeWriteCacheParams& p) {
-  if (p.cache_type == DType::e4m3) return all_nodes<T, e4m3, float>(p);
-  all_nodes<T, T, float>(p);
-}
-
 }  // namespace
 
 void tree_write_cache_(const TreeWriteCacheParams& p) {
-  switch (p.type) {
-    case DType::f64:
-      return all_nodes<double, double, double>(p);
-    case DType::f32:
-      return any_cache<float>(p);
-    case DType::f16:
-      return any_cache<half>(p);
-    case DType::bf16:
-      return any_cache<bf16>(p);
-    case DType::e4m3:
-      return;  // the op admits it for caches only
-  }
+  with_type<double, float, half, bf16>("tree_write_cache_", p.type, [&](auto t) {
+    using T = decltype(t);
+    if constexpr (sizeof(T) < 8) {
+      if (p.cache_type == DType::e4m3) return all_nodes<T, e4m3, float>(p);
+    }
+    all_nodes<T, T, typename compute_type<T>::type>(p);
+  });
 }
 
 }  // namespace tranche::cpu::TRANCHE_ISA

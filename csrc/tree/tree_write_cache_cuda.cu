@@ -1,5 +1,7 @@
 #include "tree/tree_write_cache.cuh"
 
+#include "core/dispatch.h"
+
 namespace tranche::cuda {
 namespace {
 
@@ -39,16 +41,8 @@ void any_cache(const TreeWriteCacheParams& p, void* stream) {
 
 void tree_write_cache_(const TreeWriteCacheParams& p, void* stream) {
   if (p.batch == 0 || p.nodes == 0 || p.heads == 0 || p.head_dim == 0) return;
-  switch (p.type) {
-    case DType::f32:
-      return any_cache<float>(p, stream);
-    case DType::f16:
-      return any_cache<half>(p, stream);
-    case DType::bf16:
-      return any_cache<bf16>(p, stream);
-    default:
-      throw std::runtime_error("tranche: tree_write_cache_: dtype was not checked");
-  }
+  with_type<float, half, bf16>("tree_write_cache_", p.type,
+                               [&](auto t) { any_cache<decltype(t)>(p, stream); });
 }
 
 }  // namespace tranche::cuda

@@ -135,7 +135,6 @@ HOOK void* __wrap_memset(void* to, int value, size_t bytes) {
 }
 
 // ---- undefined behaviour
-// ------------------------------------------------------------------------------------
 
 namespace {
 

@@ -215,7 +215,6 @@ extern __thread Thread* current __attribute__((tls_model("initial-exec")));
 extern __thread Thread* checked __attribute__((tls_model("initial-exec")));
 
 // ---- scheduler.cpp
-// ------------------------------------------------------------------------------------------
 
 // Suspends the current fiber, which has recorded what it waits for, until somebody wakes it.
 void park();
@@ -227,7 +226,6 @@ void wake(Warp& warp, uint32_t lanes);
 void run_launch();
 
 // ---- collectives.cpp, barriers.cpp
-// --------------------------------------------------------------------------
 
 // Called when `thread` has exited: may complete what others wait for, or find that it never can be.
 void warp_after_exit(Thread& thread);
@@ -235,12 +233,10 @@ void barriers_after_exit(Thread& thread);
 void begin_epoch(Block& block);
 
 // ---- async_copy.cpp
-// -----------------------------------------------------------------------------------------
 
 void drop_copies(Thread& thread);
 
 // ---- matrix.cpp
-// ---------------------------------------------------------------------------------------------
 
 void run_ldmatrix(Warp& warp, bool transposed);
 void run_mma(Warp& warp, WarpOp op);
