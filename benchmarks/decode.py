@@ -96,9 +96,7 @@ def generate_workload(make: Callable[[], Drafter], dtype: str, device: str) -> W
     ours = caller(make)
     for _ in range(2):  # what passes of each size cost is known from earlier calls
         ours(0)
-    return Workload(
-        ours=ours, baselines={"plain": caller(lambda: None)}, error=error, tolerance=TIES[dtype]
-    )
+    return Workload(ours=ours, baselines={"plain": caller(lambda: None)}, error=error, tolerance=TIES[dtype])
 
 
 def generate_row(name: str, dtype: str, device: str, *, bar: bool = False) -> Row:

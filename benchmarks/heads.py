@@ -24,6 +24,7 @@ from tranche.decode import (
     CascadeDrafter,
     Drafter,
     JakiroDrafter,
+    JakiroHead,
     LayerSkipDrafter,
     NgramDrafter,
     RecyclingDrafter,
@@ -68,19 +69,18 @@ def speedup(make: Callable[[], Drafter], repeats: int) -> float:
     return Sample.of(pairs).median
 
 
+def makers_with(head: JakiroHead) -> dict[str, Callable[[], Drafter]]:
+    """Every drafter; the cascade learns from call to call."""
+    cascade = CascadeDrafter([NgramDrafter(), RecyclingDrafter(), JakiroDrafter(head)])
+    return UNTRAINED | {"jakiro": lambda: JakiroDrafter(head), "cascade": lambda: cascade}
+
+
 def print_speeds(console: Console, seeds: int, repeats: int) -> None:
-    """Every drafter. What has nothing to train is measured as often as there are seeds."""
-    heads = [wide_head(HIDDEN["bf16"], seed).bfloat16() for seed in range(seeds)]
-    makers: dict[str, Callable[[int], Callable[[], Drafter]]] = {
-        name: lambda seed, make=make: make for name, make in UNTRAINED.items()
-    }
-    makers["jakiro"] = lambda seed: lambda: JakiroDrafter(heads[seed])
-    makers["cascade"] = lambda seed: (
-        lambda kept=CascadeDrafter([NgramDrafter(), RecyclingDrafter(), JakiroDrafter(heads[seed])]): kept
-    )
+    """What has nothing to train is measured as often as there are seeds."""
+    makers = [makers_with(wide_head(HIDDEN["bf16"], seed).bfloat16()) for seed in range(seeds)]
     console.print("| times plain decoding | greedy |\n| --- | --- |", markup=False)
-    for name, maker in makers.items():
-        values = [speedup(maker(seed), repeats) for seed in range(seeds)]
+    for name in makers[0]:
+        values = [speedup(of_seed[name], repeats) for of_seed in makers]
         console.print(f"| {name} | {spread(values)} |", markup=False, highlight=False)
 
 
