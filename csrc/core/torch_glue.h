@@ -188,8 +188,21 @@ class HostValues {
 
 // ---- allocating
 
+// Not by way of new_empty: that is an op, which the dispatcher looks up by name.
 inline Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, type);
+  constexpr size_t kMostDims = 8;
+  int64_t strides[kMostDims], step = 1;
+  if (shape.size() > kMostDims) throw std::logic_error("tranche: empty_on: at most 8 dimensions");
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = step;
+    step *= shape.begin()[i] > 1 ? shape.begin()[i] : 1;
+  }
+  int32_t device = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(shape.size()), shape.begin(), strides, int32_t(type), device, like.get_device_index(), &made));
+  return Tensor(made);
 }
 
 // As above, filled with zeros on the current stream (on CUDA a launch of its own: for counters, not for
