@@ -1,7 +1,8 @@
 // The three arithmetics of bits_linear. An engine turns a unit of weights (16 rows of 4 inputs, as bytes
 // W + 128) into `kSteps` vectors for each vector of bytes, and multiplies one with a word of x: the inputs
 // that the step is about, the same for all rows. kBlockUnits units are one chain of additions, which is then
-// added to a total: the shorter, the smaller the error of a sum of floats.
+// added to a total: the shorter, the smaller the error of a sum of floats. With kAnyOrder chains may be cut
+// elsewhere.
 #pragma once
 
 #include "bits/bits_linear_cpu.h"
@@ -15,6 +16,7 @@ struct IntegerEngine {
   using Input = FourBytes;
   static constexpr int kSteps = 1;
   static constexpr int kBlockUnits = kRunTiles * kUnits;
+  static constexpr bool kAnyOrder = true;
   static constexpr bool kPrepares = false;  // weights are used as they are decoded
 
   explicit IntegerEngine(const PackedWeight&) {}
@@ -33,6 +35,7 @@ struct FloatEngine {
   using Input = Vec;
   static constexpr int kSteps = 4;
   static constexpr int kBlockUnits = kFloatBlock / 4;
+  static constexpr bool kAnyOrder = false;
   static constexpr bool kPrepares = true;
 
   explicit FloatEngine(const PackedWeight&) {}
@@ -62,6 +65,7 @@ struct Bf16Engine {
   using Input = Bytes;
   static constexpr int kSteps = 2;
   static constexpr int kBlockUnits = kBf16Block / 4;
+  static constexpr bool kAnyOrder = false;
   static constexpr bool kPrepares = true;
   static constexpr int kMostBitsOfTable = 5;  // what an index into 32 words holds
 
