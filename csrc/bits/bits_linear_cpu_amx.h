@@ -81,9 +81,13 @@ static const uint8_t* tile_weights(const PackedWeight& w, int64_t row_tile, uint
   return to;
 }
 
+static int64_t tiles_scratch(const BitsLinearParams& p, int64_t padded_inputs) {
+  return workers(p, 2) * 2 * padded_inputs * kTileRows;
+}
+
 static void linear_by_tiles(const BitsLinearParams& p, const Activations& x) {
   const int64_t stripe = x.padded_inputs * kTileRows;
-  share_row_tiles(p, 2, 2 * stripe, [&](int64_t begin, int64_t end, uint8_t* scratch) {
+  share_row_tiles(p, 2, x, 2 * stripe, [&](int64_t begin, int64_t end, uint8_t* scratch) {
     const Tiles tiles;
     for (int64_t row_tile = begin; row_tile < end; row_tile += 2) {
       const int outputs = end - row_tile >= 2 ? 2 : 1;

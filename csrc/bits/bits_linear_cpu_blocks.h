@@ -26,6 +26,11 @@ enum class Order { down, along };
 constexpr int64_t kLineTiles = 32;  // decoded at a time in a row of tiles: the size of kStepTiles runs
 static_assert(kLineTiles == kStepTiles * kRunTiles);
 
+TRANCHE_INLINE Order order_of(int64_t padded_rows) {
+  return padded_rows <= kMostRows ? Order::along : Order::down;
+}
+constexpr int step_tiles(Order order) { return order == Order::along ? 1 : kStepTiles; }
+
 // GCC would otherwise carry a loop's accumulators in two sets of registers and copy between them.
 template <class V>
 TRANCHE_INLINE void keep_in_register(V& value) {
@@ -203,13 +208,19 @@ struct Scratch {
 
 constexpr int64_t kRunBytes = kRunTiles * kTileBytes8;
 
+TRANCHE_INLINE int64_t chunk_of(int64_t padded_rows) {
+  return padded_rows < kRowChunk ? padded_rows : kRowChunk;
+}
+
 template <class Engine>
-TRANCHE_INLINE int64_t scratch_bytes(int64_t rows) {
+TRANCHE_INLINE int64_t scratch_bytes(int64_t padded_rows) {
+  const int64_t rows = chunk_of(padded_rows);
   return kStepTiles * (kRunBytes * (1 + (Engine::kPrepares ? Engine::kSteps : 0)) + 2 * 64 * rows);
 }
 
 template <class Engine>
-TRANCHE_INLINE Scratch scratch_of(uint8_t* memory, int64_t rows) {
+TRANCHE_INLINE Scratch scratch_of(uint8_t* memory, int64_t padded_rows) {
+  const int64_t rows = chunk_of(padded_rows);
   Scratch s{};
   s.bytes = memory;
   s.prepared = s.bytes + kStepTiles * kRunBytes;
@@ -230,8 +241,13 @@ static void multiply_group(const BitsLinearParams& p, const Activations& x, cons
   const int64_t stride = x.padded_inputs / 4 * Engine::kSteps;
   const bool prepare = order == Order::down && Engine::kPrepares && rows > kMostRows;
   __builtin_memset(s.totals, 0, size_t(64 * count * s.rows));
-  const int64_t end = (group + 1) * tiles;
-  for (int64_t t = group * tiles; t < end; t += kTiles) {
+  const int64_t begin = group * tiles, end = begin + tiles;
+  const uint32_t* of_group =
+      static_cast<const uint32_t*>(x.x) + first * stride + begin * kUnits * Engine::kSteps;
+  if (Engine::kAnyOrder && order == Order::along && rows == 1 && p.w.slices > 0) {
+    return dot_tiles(p.w, row_tile, begin, end, of_group, s.totals);
+  }
+  for (int64_t t = begin; t < end; t += kTiles) {
     const int64_t run_end = t + kTiles < end ? t + kTiles : end;
     // What is read next: of these rows of tiles, or of those after them.
     const bool leaves = order == Order::down && run_end == p.w.input_tiles;
@@ -246,7 +262,7 @@ static void multiply_group(const BitsLinearParams& p, const Activations& x, cons
         run.weights[o] = to;
       }
     }
-    const uint32_t* from = static_cast<const uint32_t*>(x.x) + first * stride + t * kUnits * Engine::kSteps;
+    const uint32_t* from = of_group + (t - begin) * kUnits * Engine::kSteps;
     const auto multiply = prepare                          ? multiply_rows < Engine, order,
                order == Order::down && Engine::kPrepares > : multiply_rows<Engine, order, false>;
     multiply(engine, run, count, from, stride, rows, s.totals, s.rows * kTileRows);
@@ -304,25 +320,31 @@ static void multiply_step(const BitsLinearParams& p, const Activations& x, const
 
 template <class Engine, Order order>
 static void linear_in_order(const BitsLinearParams& p, const Activations& x) {
-  constexpr int kStep = order == Order::along ? 1 : kStepTiles;
+  constexpr int kStep = step_tiles(order);
   const Engine engine(p.w);
-  const int64_t chunk = x.padded_rows < kRowChunk ? x.padded_rows : kRowChunk;
-  share_row_tiles(p, kStep, scratch_bytes<Engine>(chunk), [&](int64_t begin, int64_t end, uint8_t* mine) {
-    const Scratch s = scratch_of<Engine>(mine, chunk);
-    for (int64_t row_tile = begin; row_tile < end; row_tile += kStep) {
-      const int count = int(end - row_tile < kStep ? end - row_tile : kStep);
-      multiply_step<Engine, order>(p, x, engine, s, row_tile, count);
-    }
-  });
+  share_row_tiles(p, kStep, x, scratch_bytes<Engine>(x.padded_rows),
+                  [&](int64_t begin, int64_t end, uint8_t* mine) {
+                    const Scratch s = scratch_of<Engine>(mine, x.padded_rows);
+                    for (int64_t row_tile = begin; row_tile < end; row_tile += kStep) {
+                      const int count = int(end - row_tile < kStep ? end - row_tile : kStep);
+                      multiply_step<Engine, order>(p, x, engine, s, row_tile, count);
+                    }
+                  });
 }
 
 template <class Engine>
 static void linear_by_blocks(const BitsLinearParams& p, const Activations& x) {
-  if (x.padded_rows <= kMostRows) {
+  if (order_of(x.padded_rows) == Order::along) {
     linear_in_order<Engine, Order::along>(p, x);
   } else {
     linear_in_order<Engine, Order::down>(p, x);
   }
+}
+
+// Bytes that the workers need beside the activations.
+template <class Engine>
+static int64_t blocks_scratch(const BitsLinearParams& p, int64_t padded_rows) {
+  return workers(p, step_tiles(order_of(padded_rows))) * scratch_bytes<Engine>(padded_rows);
 }
 
 }  // namespace tranche::cpu::TRANCHE_ISA
