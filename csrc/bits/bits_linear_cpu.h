@@ -59,11 +59,6 @@ struct Activations {
   int64_t padded_rows, padded_inputs;
 };
 
-// Tiles that are decoded at a time, so that they are still in the first cache when they are used.
-constexpr int64_t kRunTiles = 8;
-static_assert(kRunTiles * kTileInputs % kBf16Block == 0 && kBf16Block % kFloatBlock == 0,
-              "runs are of blocks");
-
 // How many threads share the rows of tiles, `step` at a time.
 TRANCHE_INLINE int64_t workers(const BitsLinearParams& p, int64_t step) {
   const int64_t steps = (p.w.row_tiles + step - 1) / step;

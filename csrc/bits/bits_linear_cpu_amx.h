@@ -74,7 +74,7 @@ static void tile_block(const BitsLinearParams& p, const Activations& x, const ui
 
 // Weights ready for tiles: where they are, or decoded to `to`, an odd last tile of inputs followed by zeros.
 static const uint8_t* tile_weights(const PackedWeight& w, int64_t row_tile, uint8_t* to) {
-  const uint8_t* weights = decode_tiles(w, row_tile, 0, w.input_tiles, kRunTiles, to);
+  const uint8_t* weights = decode_tiles(w, row_tile, 0, w.input_tiles, 8, to);
   if (w.input_tiles % 2 == 0) return weights;
   if (weights != to) __builtin_memcpy(to, weights, size_t(w.input_tiles * kTileBytes8));
   __builtin_memset(to + w.input_tiles * kTileBytes8, 0, kTileBytes8);

@@ -15,16 +15,15 @@ constexpr int chains(int rows) {
   return rows == 1 && kParts <= 2 ? 2 : 1;
 #endif
 }
-constexpr int kStepTiles = 4;       // rows of tiles that a thread takes at a time
-constexpr int64_t kRowChunk = 256;  // rows of x whose totals are kept meanwhile
+constexpr int kStepTiles = 4;        // rows of tiles that a thread takes at a time
+constexpr int64_t kRowChunk = 1024;  // rows of x whose totals are kept meanwhile
 
 // Where the chains that are at work at once lie. For many rows of x they are of as many rows of tiles, and a
 // word of x serves them all. For few rows, where reading the weights is what takes time, they follow one
 // another in one row of tiles: weights are read in the order in which they lie, and nothing else comes near
 // the speed of the memory.
 enum class Order { down, along };
-constexpr int64_t kLineTiles = 32;  // decoded at a time in a row of tiles: the size of kStepTiles runs
-static_assert(kLineTiles == kStepTiles * kRunTiles);
+constexpr int64_t kLineTiles = 32;  // decoded at a time in a row of tiles
 
 TRANCHE_INLINE Order order_of(int64_t padded_rows) {
   return padded_rows <= kMostRows ? Order::along : Order::down;
@@ -206,7 +205,8 @@ struct Scratch {
   int64_t rows;       // at a time, padded
 };
 
-constexpr int64_t kRunBytes = kRunTiles * kTileBytes8;
+template <class Engine>
+constexpr int64_t kRunBytes = Engine::kRunTiles * kTileBytes8;
 
 TRANCHE_INLINE int64_t chunk_of(int64_t padded_rows) {
   return padded_rows < kRowChunk ? padded_rows : kRowChunk;
@@ -215,7 +215,7 @@ TRANCHE_INLINE int64_t chunk_of(int64_t padded_rows) {
 template <class Engine>
 TRANCHE_INLINE int64_t scratch_bytes(int64_t padded_rows) {
   const int64_t rows = chunk_of(padded_rows);
-  return kStepTiles * (kRunBytes * (1 + (Engine::kPrepares ? Engine::kSteps : 0)) + 2 * 64 * rows);
+  return kStepTiles * (kRunBytes<Engine> * (1 + (Engine::kPrepares ? Engine::kSteps : 0)) + 2 * 64 * rows);
 }
 
 template <class Engine>
@@ -223,8 +223,8 @@ TRANCHE_INLINE Scratch scratch_of(uint8_t* memory, int64_t padded_rows) {
   const int64_t rows = chunk_of(padded_rows);
   Scratch s{};
   s.bytes = memory;
-  s.prepared = s.bytes + kStepTiles * kRunBytes;
-  uint8_t* totals = s.prepared + (Engine::kPrepares ? kStepTiles * Engine::kSteps * kRunBytes : 0);
+  s.prepared = s.bytes + kStepTiles * kRunBytes<Engine>;
+  uint8_t* totals = s.prepared + (Engine::kPrepares ? kStepTiles * Engine::kSteps * kRunBytes<Engine> : 0);
   s.totals = reinterpret_cast<uint32_t*>(totals);
   s.y = reinterpret_cast<float*>(totals + 64 * kStepTiles * rows);
   s.rows = rows;
@@ -236,7 +236,7 @@ template <class Engine, Order order>
 static void multiply_group(const BitsLinearParams& p, const Activations& x, const Engine& engine,
                            const Scratch& s, int64_t group, int64_t row_tile, int count, int64_t first,
                            int64_t rows) {
-  constexpr int64_t kTiles = order == Order::along ? kLineTiles : kRunTiles;
+  constexpr int64_t kTiles = order == Order::along ? kLineTiles : Engine::kRunTiles;
   const int64_t tiles = p.groups == 1 ? p.w.input_tiles : p.w.in_features / p.groups / kTileInputs;
   const int64_t stride = x.padded_inputs / 4 * Engine::kSteps;
   const bool prepare = order == Order::down && Engine::kPrepares && rows > kMostRows;
@@ -255,9 +255,9 @@ static void multiply_group(const BitsLinearParams& p, const Activations& x, cons
     Run run{};
     run.units = (run_end - t) * kUnits;
     for (int o = 0; o < count; ++o) {
-      run.weights[o] = decode_tiles(p.w, row_tile + o, t, run_end, ahead, s.bytes + o * kRunBytes);
+      run.weights[o] = decode_tiles(p.w, row_tile + o, t, run_end, ahead, s.bytes + o * kRunBytes<Engine>);
       if (prepare) {
-        uint8_t* to = s.prepared + o * Engine::kSteps * kRunBytes;
+        uint8_t* to = s.prepared + o * Engine::kSteps * kRunBytes<Engine>;
         prepare_units(engine, run.weights[o], run.units, to);
         run.weights[o] = to;
       }

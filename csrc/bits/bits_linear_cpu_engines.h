@@ -9,12 +9,17 @@
 
 namespace tranche::cpu::TRANCHE_ISA {
 
+constexpr int64_t kFloatRunTiles = 8;
+static_assert(kFloatRunTiles * kTileInputs % kBf16Block == 0 && kBf16Block % kFloatBlock == 0,
+              "runs are of blocks");
+
 // Integer activations: dot products of four bytes. A word is four codes.
 struct IntegerEngine {
   using Sum = Bytes;
   using Weight = Bytes;
   using Input = FourBytes;
   static constexpr int kSteps = 1;
+  static constexpr int64_t kRunTiles = 128;
   static constexpr int kBlockUnits = kRunTiles * kUnits;
   static constexpr bool kAnyOrder = true;
   static constexpr bool kPrepares = false;  // weights are used as they are decoded
@@ -34,6 +39,7 @@ struct FloatEngine {
   using Weight = Vec;
   using Input = Vec;
   static constexpr int kSteps = 4;
+  static constexpr int64_t kRunTiles = kFloatRunTiles;
   static constexpr int kBlockUnits = kFloatBlock / 4;
   static constexpr bool kAnyOrder = false;
   static constexpr bool kPrepares = true;
@@ -64,6 +70,7 @@ struct Bf16Engine {
   using Weight = Bytes;
   using Input = Bytes;
   static constexpr int kSteps = 2;
+  static constexpr int64_t kRunTiles = kFloatRunTiles;
   static constexpr int kBlockUnits = kBf16Block / 4;
   static constexpr bool kAnyOrder = false;
   static constexpr bool kPrepares = true;
