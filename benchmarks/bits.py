@@ -131,6 +131,7 @@ def linear_row(
     *,
     activation_bits: int | None = 8,
     bars: dict[str, float] | None = None,
+    least_percent: float | None = None,
     quick: bool = False,
 ) -> Row:
     """One layer at one precision."""
@@ -147,6 +148,7 @@ def linear_row(
             layer, rows, width, activation_bits, device, buffers * packed.bytes_read(width)
         ).workload(),
         bars=bars if bars and device == "cpu" else {},
+        least_percent=least_percent if device == "cpu" else None,
         quick=quick,
     )
 
@@ -158,7 +160,8 @@ def rows(device: str) -> list[Row]:
         for width, bar in ((8, 3.3), (6, None), (4, 5.0), (2, 7.5)):
             quick = layer is QKV_8B and width != 6
             bars = {"bf16": bar} if bar else {}
-            table.append(linear_row(layer, 1, width, device, bars=bars, quick=quick))
+            least = 85.0 if width == 8 else None
+            table.append(linear_row(layer, 1, width, device, bars=bars, least_percent=least, quick=quick))
     for width in (8, 4, 2):
         table.append(linear_row(QKV_8B, 1, width, device, activation_bits=None))
     for layer in (DOWN_8B, O_70B):

@@ -71,37 +71,36 @@ def maker_of(name: str, dtype: str, device: str) -> Callable[[], Drafter]:
     return functools.partial(trained[name], dtype, device) if name in trained else DRAFTERS[name]
 
 
-def generate_row(name: str, dtype: str, device: str, *, bar: bool = False) -> Row:
+def generate_workload(make: Callable[[], Drafter], dtype: str, device: str) -> Workload:
     """Prompts continued one by one, each by a new drafter that has learned nothing yet."""
+    model = model_of(dtype, device)
+    prompts = held_out_prompts(PROMPTS, PROMPT).to(device)
+    settings = {"max_new_tokens": NEW, "exact": dtype != "bf16", "eos_token_id": None}
 
-    def build(buffers: int) -> Workload:
-        model = model_of(dtype, device)
-        prompts = held_out_prompts(PROMPTS, PROMPT).to(device)
-        settings = {"max_new_tokens": NEW, "exact": dtype != "bf16", "eos_token_id": None}
+    def caller(make):
+        turn = itertools.count()
 
-        def caller(make):
-            turn = itertools.count()
-
-            def call(_):
-                row = next(turn) % PROMPTS
-                with torch.inference_mode(False):
-                    return row, generate(model, make(), prompts[row : row + 1], **settings).sequences
-
-            return call
-
-        def error(result):
-            row, sequences = result
+        def call(_):
+            row = next(turn) % PROMPTS
             with torch.inference_mode(False):
-                plain = generate(model, None, prompts[row : row + 1], **settings).sequences
-            return float(mismatches_of(sequences, plain))
+                return row, generate(model, make(), prompts[row : row + 1], **settings).sequences
 
-        ours = caller(maker_of(name, dtype, device))
-        for _ in range(2):  # what passes of each size cost is known from earlier calls
-            ours(0)
-        return Workload(
-            ours=ours, baselines={"plain": caller(lambda: None)}, error=error, tolerance=TIES[dtype]
-        )
+        return call
 
+    def error(result):
+        row, sequences = result
+        with torch.inference_mode(False):
+            plain = generate(model, None, prompts[row : row + 1], **settings).sequences
+        return float(mismatches_of(sequences, plain))
+
+    ours = caller(make)
+    for _ in range(2):  # what passes of each size cost is known from earlier calls
+        ours(0)
+    return Workload(ours=ours, baselines={"plain": caller(lambda: None)}, error=error, tolerance=TIES[dtype])
+
+
+def generate_row(name: str, dtype: str, device: str, *, bar: bool = False) -> Row:
+    """One drafter against plain decoding."""
     return Row(
         op="decode_generate",
         shape=f"{name} T{PROMPT} +{NEW}",
@@ -109,7 +108,7 @@ def generate_row(name: str, dtype: str, device: str, *, bar: bool = False) -> Ro
         bytes_read=WEIGHT_BYTES,  # once at least
         operations=NEW * 2 * WEIGHT_BYTES,
         math="bf16" if dtype == "bf16" else "int8",
-        build=build,
+        build=lambda buffers: generate_workload(maker_of(name, dtype, device), dtype, device),
         bars={"plain": BAR} if bar else {},
     )
 

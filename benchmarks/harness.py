@@ -42,6 +42,7 @@ class Row:
     bars: dict[str, float] = field(
         default_factory=dict
     )  # baseline -> least ratio; "best" is the best baseline
+    least_percent: float | None = None  # of the limit: a bar like the ratios
     quick: bool = False
     images: int = 0  # of one call, where it is of a network
     bytes_written: int = 0  # if they are to count beside those read
@@ -67,6 +68,7 @@ class Result:
     ratios: dict[str, tuple[float, float, float]]
     bars: dict[str, float]
     command: str
+    least_percent: float | None = None
     warm_microseconds: float | None = None
     images_per_second: float | None = None
 
@@ -79,6 +81,11 @@ class Result:
             got = min((ratio[0] for ratio in ratios.values()), default=math.nan)
             if not got >= bar:
                 missed.append(f"{self.name}: {got:.2f}x {baseline}, the bar is {bar:g}x")
+        if self.least_percent is not None and not self.percent_of_limit >= self.least_percent:
+            missed.append(
+                f"{self.name}: {self.percent_of_limit:.0f}% of its limit ({self.bound}), "
+                f"the bar is {self.least_percent:g}%"
+            )
         return missed
 
 
@@ -140,6 +147,7 @@ def measure(row: Row, family: str, device: str, wanted: set[str] | None, repeats
         ratios=ratios,
         bars=row.bars,
         command=f"python -m benchmarks {family} --device {device} --only '^{_pattern(row.name)}$'",
+        least_percent=row.least_percent,
         warm_microseconds=warm,
         images_per_second=row.images / sample.median if row.images else None,
     )

@@ -1,7 +1,8 @@
-"""What a draft head's parts are worth: `python -m benchmarks.heads [--seeds 3] [--steps 400]`.
+"""What a draft head's parts are worth: `python -m benchmarks.heads [--seeds 3] [--steps 400] [--speed]`.
 
 Trains the demo's head and its twin with a plain MLP from several seeds (each is cached), and prints, for trees of 60
-nodes on held-out sources, tokens per pass with their spread over the seeds.
+nodes on held-out sources, tokens per pass with their spread over the seeds. With --speed it prints instead how many
+times faster than plain decoding each drafter is on the wide model of `benchmarks.decode`, with the head of each seed.
 """
 
 from __future__ import annotations
@@ -15,8 +16,20 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks.decode import HIDDEN, generate_workload
+from benchmarks.timing import Sample, Timer, compare
+from benchmarks.wide import wide_head
 from tranche import byte_llama
-from tranche.decode import Drafter, JakiroDrafter, LayerSkipDrafter, NgramDrafter, RecyclingDrafter, generate
+from tranche.decode import (
+    CascadeDrafter,
+    Drafter,
+    JakiroDrafter,
+    JakiroHead,
+    LayerSkipDrafter,
+    NgramDrafter,
+    RecyclingDrafter,
+    generate,
+)
 from tranche.decode.demo import held_out_prompts
 from tranche.decode.demo_head import RECIPE, load_or_train_head
 
@@ -49,6 +62,28 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
+def speedup(make: Callable[[], Drafter], repeats: int) -> float:
+    """Times plain decoding, greedy, in bf16: the median of pairs."""
+    workload = generate_workload(make, "bf16", "cpu")
+    pairs = compare(Timer("cpu", 1), workload.ours, workload.baselines["plain"], repeats)[2]
+    return Sample.of(pairs).median
+
+
+def makers_with(head: JakiroHead) -> dict[str, Callable[[], Drafter]]:
+    """Every drafter; the cascade learns from call to call."""
+    cascade = CascadeDrafter([NgramDrafter(), RecyclingDrafter(), JakiroDrafter(head)])
+    return UNTRAINED | {"jakiro": lambda: JakiroDrafter(head), "cascade": lambda: cascade}
+
+
+def print_speeds(console: Console, seeds: int, repeats: int) -> None:
+    """What has nothing to train is measured as often as there are seeds."""
+    makers = [makers_with(wide_head(HIDDEN["bf16"], seed).bfloat16()) for seed in range(seeds)]
+    console.print("| times plain decoding | greedy |\n| --- | --- |", markup=False)
+    for name in makers[0]:
+        values = [speedup(of_seed[name], repeats) for of_seed in makers]
+        console.print(f"| {name} | {spread(values)} |", markup=False, highlight=False)
+
+
 def main() -> None:
     """Train, measure, print a table in Markdown."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.heads", description=__doc__)
@@ -56,8 +91,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=RECIPE.steps)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--repeats", type=int, default=6)
     arguments = parser.parse_args()
     console = Console(soft_wrap=True)
+    if arguments.speed:
+        return print_speeds(console, arguments.seeds, arguments.repeats)
     model = byte_llama.load_or_train()
     prompts = held_out_prompts(arguments.prompts, 256)
 

@@ -210,6 +210,7 @@ def head_row(
     dtype: str,
     device: str,
     bars: dict[str, float] | None = None,
+    least_percent: float | None = None,
     quick: bool = False,
 ) -> Row:
     """One shape of draft_moe with both outputs."""
@@ -223,6 +224,7 @@ def head_row(
         math="fp32" if dtype == "fp32" else "bf16",
         build=lambda buffers: Head(hidden, tokens, DTYPES[dtype], device, buffers).workload(),
         bars=bars or {},
+        least_percent=least_percent,
         quick=quick,
     )
 
@@ -252,7 +254,8 @@ def rows(device: str) -> list[Row]:
         for tokens in (1, 10, 60, 256):
             few, bf16_bar = tokens <= 10, 1.6 if tokens <= 10 else 1.15
             bars = {"eager": bf16_bar, "folded": bf16_bar} if cpu and tokens <= 60 else {}
-            table.append(head_row(hidden, tokens, "bf16", device, bars, quick=hidden == 2048 and few))
+            least = 80.0 if cpu and few else None
+            table.append(head_row(hidden, tokens, "bf16", device, bars, least, quick=hidden == 2048 and few))
         fp32_bars = {"eager": 2.0, "folded": 2.0} if cpu else {}
         table.append(head_row(hidden, 60, "fp32", device, fp32_bars, quick=False))
     for layer in (MIXTRAL, QWEN, DEEPSEEK):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from tranche import byte_llama
 from tranche.decode import JakiroHead
-from tranche.decode.demo_head import load_or_train_head
+from tranche.decode.demo_head import RECIPE, load_or_train_head
 
 
 def widened(model: LlamaForCausalLM, hidden: int, inner: int) -> LlamaForCausalLM:
@@ -81,6 +83,7 @@ def widened_head(head: JakiroHead, hidden: int) -> JakiroHead:
     return wide.eval()
 
 
-def wide_head(hidden: int = 4) -> JakiroHead:
-    """The demo's head, for `wide_llama` of the same `hidden`."""
-    return widened_head(load_or_train_head(byte_llama.load_or_train()), hidden)
+def wide_head(hidden: int = 4, seed: int = RECIPE.seed) -> JakiroHead:
+    """The demo's head, for `wide_llama` of the same `hidden`; `seed` is that of its training."""
+    recipe = dataclasses.replace(RECIPE, seed=seed)
+    return widened_head(load_or_train_head(byte_llama.load_or_train(), recipe), hidden)

@@ -188,24 +188,20 @@ class HostValues {
 
 // ---- allocating
 
-// Contiguous memory, not written, on the device of `like`. Straight from the allocator: by the dispatcher's
-// new_empty it takes several times as long, the more so with cold caches.
+// Not by way of new_empty: that is an op, which the dispatcher looks up by name.
 inline Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
   constexpr size_t kMostDims = 8;
-  int64_t strides[kMostDims];
-  if (shape.size() > kMostDims) throw std::logic_error("tranche: empty_on of more than eight dimensions");
-  int64_t stride = 1;
+  int64_t strides[kMostDims], step = 1;
+  if (shape.size() > kMostDims) throw std::logic_error("tranche: empty_on: at most 8 dimensions");
   for (size_t i = shape.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= shape.begin()[i] > 0 ? shape.begin()[i] : 1;
+    strides[i] = step;
+    step *= shape.begin()[i] > 1 ? shape.begin()[i] : 1;
   }
   int32_t device = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(shape.size()), shape.begin(), strides,
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device,
-                               like.get_device_index(), &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(shape.size()), shape.begin(), strides, int32_t(type), device, like.get_device_index(), &made));
   return Tensor(made);
 }
 

@@ -160,7 +160,8 @@ TRANCHE_INLINE void multiply_block(Slab<W> w, Slab<typename Lanes::Element> x, i
   const char* ask = ahead.first;
   for (int64_t k = 0; k < whole; k += Lanes::kStep, ask += ahead.advance) {
     const char* line = ask;
-    for (int i = 0; i < ahead.rows; ++i, line += ahead.stride) __builtin_prefetch(line, 0, 2);
+    // each line is read once from memory: it need not drive out what L2 and L3 hold
+    for (int i = 0; i < ahead.rows; ++i, line += ahead.stride) __builtin_prefetch(line, 0, 0);
     multiply_step<Lanes, W, kRows, kColumns, false>(w, x, k, 0, acc);
   }
   if (whole < depth) multiply_step<Lanes, W, kRows, kColumns, true>(w, x, whole, int(depth - whole), acc);
@@ -236,7 +237,9 @@ class LaneEngine {
   // result[c][r] = <row first_row + r, column c>; rows beyond the matrix give 0. `next` is where the product
   // after this one will read, or null.
   //
-  // kBlockRows rows at a time stay in L1 for a chunk of k while the columns pass by.
+  // kBlockRows rows at a time stay in L1 for a chunk of k while the columns pass by. Columns of a single
+  // block make no second use of a row: they take few rows at a time, which the processor reads as long
+  // streams.
   template <class W>
   static void product(const Rows<W>& w, int first_row, const void* panels, int columns, float* result,
                       void* scratch, const W* next) {
@@ -246,9 +249,18 @@ class LaneEngine {
     int r = 0;
     for (; r + kBlockRows <= rows; r += kBlockRows) {
       const bool more = rows == kTileRows && r + kBlockRows < kTileRows;
-      const Slab<W> block{w.row(first_row + r), w.stride};
-      multiply_rows<kBlockRows>(block, x, w.columns, columns, acc,
-                                more ? block.first + kBlockRows * w.stride : next);
+      const W* after = more ? w.row(first_row + r + kBlockRows) : next;
+      if (columns <= kBlockColumns) {
+        for (int i = 0; i < kBlockRows; i += kStreams<W>) {
+          const Slab<W> block{w.row(first_row + r + i), w.stride};
+          multiply_rows<kStreams<W>>(
+              block, x, w.columns, columns, acc + i * kWidth,
+              i + kStreams<W> < kBlockRows ? block.first + kStreams<W> * w.stride : after);
+        }
+      } else {
+        const Slab<W> block{w.row(first_row + r), w.stride};
+        multiply_rows<kBlockRows>(block, x, w.columns, columns, acc, after);
+      }
       add<kBlockRows>(acc, columns, result + r);
     }
     for (; r < rows; ++r) {
@@ -264,6 +276,21 @@ class LaneEngine {
  private:
   static constexpr int kLine = 64 / int(sizeof(Element));
   static constexpr int kChunk = 2048 / int(sizeof(Element));  // of k, in L1 for kBlockRows rows
+  // As few rows as take up a cache line at each step, so that sums, each of which waits for the one before,
+  // keep up with memory.
+  template <class W>
+  static constexpr int kStepBytes = Lanes::kStep * int(sizeof(W));
+  template <class W>
+  static constexpr int kStreams = kStepBytes<W> * kBlockRows < 64 ? kBlockRows : 64 / kStepBytes<W>;
+
+  // Such rows in equal parts of a page at most, and each part asks for the next one.
+  template <class W>
+  static int part_of_row(int depth) {
+    constexpr int kPage = 4096 / int(sizeof(W));
+    const int parts = (depth - 1) / kPage + 1;
+    return int(round_up((depth + parts - 1) / parts, Lanes::kStep));
+  }
+
   // Rows a power of two apart share sets of L1 and would drive one another out while many columns pass by:
   // such rows are copied first.
   static constexpr int kFewBlocks = 4, kStagedStride = kChunk + kLine;
@@ -277,7 +304,8 @@ class LaneEngine {
     const int blocks = (columns + kBlockColumns - 1) / kBlockColumns;
     const bool many = blocks > kFewBlocks;
     const int rows_at_once = blocks >= kRows ? 1 : (kRows + blocks - 1) / blocks;
-    const int chunk = blocks == 1 ? depth : kChunk;  // sums go on where they stopped: the same bits
+    // sums go on where they stopped: the same bits
+    const int chunk = blocks == 1 ? part_of_row<W>(depth) : kChunk;
     Element* staged = reinterpret_cast<Element*>(acc + kAccumulators);
     for (int k = 0; k < depth; k += chunk) {
       const int length = least(chunk, depth - k);

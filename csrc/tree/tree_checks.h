@@ -28,7 +28,7 @@ inline void check_parents(const TensorChecks& check, const Tensor& parent, const
     for (int64_t i = 0; i < counts[b]; ++i) {
       const int64_t got = parents[b * nodes + i];
       check.index(i > 0 || got == -1, concat("parent[", b, ", 0] == -1 (the root)"), got,
-                  "A tree begins with its root.");
+                  "Number the nodes so that the root comes first.");
       check.index(i == 0 || (got >= 0 && got < i), concat("parent[", b, ", ", i, "] in [0, ", i, ")"), got,
                   "Number the nodes so that every parent comes before its children.");
     }

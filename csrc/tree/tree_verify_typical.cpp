@@ -30,8 +30,7 @@ std::tuple<Tensor, Tensor, Tensor> tree_verify_typical(const Tensor& tokens, con
   if (batch == 0) return {path, length, next_token};
   const Tensor edge = empty_on(logits, {batch, nodes}, ScalarType::Float);
   const Tensor largest = empty_on(logits, {batch, nodes}, ScalarType::Int);
-  const Tensor arrived =
-      torch::stable::new_zeros(logits, torch::headeronly::IntHeaderOnlyArrayRef(&batch, 1), ScalarType::Int);
+  const Tensor arrived = zeros_on(logits, {batch}, ScalarType::Int);
 
   TreeVerifyTypicalParams params{};
   params.logits = logits.const_data_ptr();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 
@@ -41,6 +42,19 @@ def test_a_missed_bar_is_named(result, bars, said):
     assert said in complaint and result.name in complaint
 
 
+@pytest.mark.parametrize(
+    ("least", "missed"), [(None, []), (50.0, []), (50.5, ["50% of its limit (memory), "])]
+)
+def test_the_least_percent_of_the_limit_is_a_bar(result, least, missed):
+    complaints = replace(result, least_percent=least).missed_bars()
+    assert len(complaints) == len(missed)
+    assert all(said in complaint for said, complaint in zip(missed, complaints, strict=True))
+
+
+def test_a_limit_that_was_not_measured_misses_its_bar(result):
+    assert replace(result, least_percent=80.0, percent_of_limit=math.nan).missed_bars()
+
+
 def test_what_is_saved_is_loaded(result, tmp_path):
     report.save([result], "cpu", tmp_path / "r.json")
     about, rows = report.load(tmp_path / "r.json")
@@ -58,11 +72,12 @@ def test_only_a_row_that_became_slower_is_complained_of(result, tmp_path):
 
 
 def test_the_report_has_a_table_and_a_picture_per_family(result, tmp_path):
-    other = replace(result, family="bits", name="bits_linear M1", bars={"best": 9})
+    other = replace(result, family="bits", name="bits_linear M1", bars={"best": 9}, least_percent=85.0)
     page = report.write([result, other], "cpu", tmp_path).read_text()
     assert "| tree | 1 | 2.00 | 2.00 | 2.00 | 0 |" in page
-    assert "| bits | 1 | 2.00 | 2.00 | 2.00 | 1 |" in page
+    assert "| bits | 1 | 2.00 | 2.00 | 2.00 | 2 |" in page
     assert "below its bar: bits_linear M1: 2.00x best, the bar is 9x" in page
+    assert "below its bar: bits_linear M1: 50% of its limit (memory), the bar is 85%" in page
     assert "2.00 sdpa (1.90..2.10), 3.00 packed (2.90..3.10)" in page
     for family in ("tree", "bits"):
         assert f"roofline-{family}.png" in page

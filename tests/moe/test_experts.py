@@ -139,6 +139,16 @@ def test_rows_do_not_depend_on_their_neighbours(backend, dtype):
     assert_same_bits(layer.some(order).run(), out[order])
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rows_of_several_pages(dtype):
+    """The CPU reads long weight rows in parts, in other ones for a few tokens than for many."""
+    layer = make_layer(15, tokens=14, hidden=5001, inner=2090, experts=1, top_k=1, dtype=dtype)
+    layer.check()
+    out = layer.run()
+    for kept in (1, 2, 3, 4, 7, 12, 13):
+        assert_same_bits(layer.some(slice(0, kept)).run(), out[:kept])
+
+
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 def test_any_number_of_threads(dtype):
     layer = make_layer(14, tokens=30, hidden=100, inner=70, dtype=dtype)

@@ -45,7 +45,9 @@ class LayerNorm2d(nn.LayerNorm):
 class StyleGate(nn.Module):
     """A gate per image and channel: hardsigmoid(BN(W_m mean + W_s std)), W dense (SRM, arXiv 1903.10829)."""
 
-    def __init__(self, channels: int, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, channels: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.cfc1 = nn.Conv2d(channels, channels, (1, 2), bias=False, device=device, dtype=dtype)
         self.bn = nn.BatchNorm2d(channels, device=device, dtype=dtype)
@@ -91,7 +93,7 @@ class PATChannel(PartialConv):
         n_div: int = 4,
         kernel_size: int = 3,
         *,
-        device: Any = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, n_div, kernel_size, device=device, dtype=dtype)
@@ -118,7 +120,9 @@ class PATChannel(PartialConv):
 class DistanceBias(nn.Module):
     """A learned table of biases per head and distance; with its zeros it is no bias."""
 
-    def __init__(self, num_heads: int, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, num_heads: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.lookup_table_bias = nn.Parameter(
             torch.zeros(num_heads, 2 * BETA + 1, device=device, dtype=dtype)
@@ -142,7 +146,7 @@ class DistanceAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         *,
-        device: Any = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -187,7 +191,7 @@ class PATSelf(PartialConv):
         num_heads: int = 4,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        device: Any = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, n_div, kernel_size, device=device, dtype=dtype)
@@ -208,7 +212,9 @@ class PATSpatial(nn.Module):
     a, b = split(x, [C - C // 2, C // 2]);   y = cat(BN(a * hardsigmoid(w_a . a)), W_c BN(b))
     """
 
-    def __init__(self, dim: int, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         convolved, gated = dim // 2, dim - dim // 2
         self.conv = nn.Conv2d(convolved, convolved, 1, bias=False, device=device, dtype=dtype)

@@ -42,7 +42,12 @@ class DPConv(nn.Module):
     """
 
     def __init__(
-        self, dim: int, kernel_size: int = 3, *, device: Any = None, dtype: torch.dtype | None = None
+        self,
+        dim: int,
+        kernel_size: int = 3,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if dim < 2 or dim & (dim - 1):

@@ -28,7 +28,7 @@ class PartialConv(nn.Module):
         n_div: int = 4,
         kernel_size: int = 3,
         *,
-        device: Any = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()

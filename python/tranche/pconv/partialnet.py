@@ -58,11 +58,11 @@ class PartialBlock(nn.Module):
         spatial: bool = False,
         drop_path: float = 0.0,
         attention: dict[str, Any] | None = None,
-        device: Any = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.spatial_mixing: nn.Module
         if mixing == "channel" and n_div > 1:
             self.spatial_mixing = PATChannel(dim, n_div, **factory)
@@ -192,7 +192,7 @@ class PartialNet(nn.Module):
         proj_drop: float = 0.0,
         features_only: bool = False,
         out_indices: Sequence[int] | None = None,
-        device: Any = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class PartialNet(nn.Module):
             raise ValueError(
                 f"tranche.PartialNet: expected activation in {tuple(ACTIVATIONS)}, got {activation!r}."
             )
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes, self.activation, self.in_chans = num_classes, activation, in_chans
         self.patch_size, self.depths = patch_size, tuple(depths)
         self.features_only = features_only
