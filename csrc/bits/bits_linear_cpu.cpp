@@ -83,7 +83,8 @@ void prepare_pairs(const BitsLinearParams& p, const Workspace& space) {
 
 Activations prepare(const BitsLinearParams& p, const Workspace& space, Form form) {
   char* base = static_cast<char*>(p.workspace);
-  Activations x{base, nullptr, nullptr, space.padded_rows, space.padded_inputs};
+  Activations x{base, nullptr, nullptr, nullptr, space.padded_rows, space.padded_inputs};
+  x.scratch = reinterpret_cast<uint8_t*>(base + space.scratch);
   if (form == Form::bf16_pairs) {
     prepare_pairs(p, space);
   } else if (form != Form::floats) {
@@ -100,9 +101,30 @@ Activations prepare(const BitsLinearParams& p, const Workspace& space, Form form
   return x;
 }
 
+int64_t scratch_of_form(const BitsLinearParams& p, const Workspace& space, Form form) {
+  switch (form) {
+#if defined(__AMX_INT8__)
+    case Form::tiles_of_codes:
+      return tiles_scratch(p, space.padded_inputs);
+#endif
+#if defined(__AVX512BF16__)
+    case Form::bf16_pairs:
+      return blocks_scratch<Bf16Engine<true> >(p, space.padded_rows);
+#endif
+    case Form::floats:
+      return blocks_scratch<FloatEngine>(p, space.padded_rows);
+    default:
+      return blocks_scratch<IntegerEngine>(p, space.padded_rows);
+  }
+}
+
 }  // namespace
 
-int64_t bits_linear_workspace(const BitsLinearParams& p) { return workspace_of(p, form_of(p)).bytes; }
+int64_t bits_linear_workspace(const BitsLinearParams& p) {
+  const Form form = form_of(p);
+  const Workspace space = workspace_of(p, form);
+  return space.scratch + scratch_of_form(p, space, form);
+}
 
 void bits_linear(const BitsLinearParams& p) {
   const Form form = form_of(p);

@@ -2,11 +2,9 @@
 // outputs.
 #pragma once
 
-#include <cstdlib>
-
 #include "bits/bits_linear.h"
 #include "bits/decode_cpu.h"
-#include "core/parallel.h"
+#include "core/tasks.h"
 
 namespace tranche::cpu::TRANCHE_ISA {
 
@@ -25,7 +23,8 @@ TRANCHE_INLINE int pass_rows(int64_t left) {
   return pass;
 }
 
-// How activations lie in the workspace: ready for the kernel, then their scales, then their sums.
+// How activations lie in the workspace: ready for the kernel, then their scales, then their sums, then
+// scratch memory.
 enum class Form {
   rows_of_codes,   // int8
   tiles_of_codes,  // int8, in tiles of 16 rows x 64 inputs
@@ -35,7 +34,7 @@ enum class Form {
 
 struct Workspace {
   int64_t padded_rows, padded_inputs;
-  int64_t scale, row_sum, bytes;  // x is at 0; where the others start, and where all end
+  int64_t scale, row_sum, scratch;  // x is at 0; where the others start
 };
 
 TRANCHE_INLINE Workspace workspace_of(const BitsLinearParams& p, Form form) {
@@ -47,7 +46,7 @@ TRANCHE_INLINE Workspace workspace_of(const BitsLinearParams& p, Form form) {
   const int64_t element = form == Form::floats ? 4 : form == Form::bf16_pairs ? 2 : 1;
   s.scale = round_up(element * s.padded_rows * s.padded_inputs, 64);
   s.row_sum = s.scale + round_up(4 * p.rows, 64);
-  s.bytes = s.row_sum + round_up(4 * p.rows * p.groups, 64);
+  s.scratch = s.row_sum + round_up(4 * p.rows * p.groups, 64);
   return s;
 }
 
@@ -56,38 +55,37 @@ struct Activations {
   const void* x;
   const float* scale;      // of codes
   const int32_t* row_sum;  // of codes
+  uint8_t* scratch;        // of the workers
   int64_t padded_rows, padded_inputs;
 };
 
-// Tiles that are decoded at a time, so that they are still in the first cache when they are used.
-constexpr int64_t kRunTiles = 8;
-static_assert(kRunTiles * kTileInputs % kBf16Block == 0 && kBf16Block % kFloatBlock == 0,
-              "runs are of blocks");
-
-// A thread's consecutive share of the rows of tiles, and memory of its own.
-template <class F>
-TRANCHE_INLINE void share_row_tiles(const BitsLinearParams& p, int64_t step, int64_t scratch_bytes,
-                                    const F& f) {
+// How many threads share the rows of tiles, `step` at a time.
+TRANCHE_INLINE int64_t workers(const BitsLinearParams& p, int64_t step) {
   const int64_t steps = (p.w.row_tiles + step - 1) / step;
   const bool worth_threads = p.w.out_features * p.w.in_features >= 65536;
-  const int64_t threads = worth_threads ? num_threads() : 1, parts = threads < steps ? threads : steps;
-  const auto part = [&](int64_t i) {
-    void* scratch = scratch_bytes > 0 ? aligned_alloc(64, size_t(round_up(scratch_bytes, 64))) : nullptr;
-    const int64_t end = step * (steps * (i + 1) / parts);
-    f(step * (steps * i / parts), end < p.w.row_tiles ? end : p.w.row_tiles, static_cast<uint8_t*>(scratch));
-    free(scratch);
-  };
-  if (parts == 1) {
-    part(0);
-  } else {
-    parallel_for(parts, part);
-  }
+  const int64_t threads = worth_threads ? num_threads() : 1;
+  return threads < steps ? threads : steps;
+}
+
+// f(begin, end, scratch) on ranges of rows of tiles that begin at multiples of `step`; each worker has
+// `scratch_bytes` of memory of its own.
+template <class F>
+TRANCHE_INLINE void share_row_tiles(const BitsLinearParams& p, int64_t step, const Activations& x,
+                                    int64_t scratch_bytes, const F& f) {
+  const int64_t tiles = p.w.row_tiles, steps = (tiles + step - 1) / step;
+  parallel_shares(steps, workers(p, step), [&](int64_t begin, int64_t end, int64_t worker) {
+    f(step * begin, step * end < tiles ? step * end : tiles, x.scratch + worker * scratch_bytes);
+  });
 }
 
 // The 16 outputs of a row of tiles: their scales of one group, and zeros past the last.
 static void load_scales(const BitsLinearParams& p, int64_t row_tile, int64_t group, float (&to)[16]) {
   const float* scale = p.scale + row_tile * kTileRows * p.groups + group;
   const int64_t left = p.w.out_features - row_tile * kTileRows;
+  if (p.groups == 1 && left >= kTileRows) {
+    __builtin_memcpy(to, scale, sizeof to);
+    return;
+  }
   for (int r = 0; r < kTileRows; ++r) to[r] = r < left ? scale[r * p.groups] : 0.0f;
 }
 

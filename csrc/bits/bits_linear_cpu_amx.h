@@ -74,16 +74,20 @@ static void tile_block(const BitsLinearParams& p, const Activations& x, const ui
 
 // Weights ready for tiles: where they are, or decoded to `to`, an odd last tile of inputs followed by zeros.
 static const uint8_t* tile_weights(const PackedWeight& w, int64_t row_tile, uint8_t* to) {
-  const uint8_t* weights = decode_tiles(w, row_tile, 0, w.input_tiles, kRunTiles, to);
+  const uint8_t* weights = decode_tiles(w, row_tile, 0, w.input_tiles, 8, to);
   if (w.input_tiles % 2 == 0) return weights;
   if (weights != to) __builtin_memcpy(to, weights, size_t(w.input_tiles * kTileBytes8));
   __builtin_memset(to + w.input_tiles * kTileBytes8, 0, kTileBytes8);
   return to;
 }
 
+static int64_t tiles_scratch(const BitsLinearParams& p, int64_t padded_inputs) {
+  return workers(p, 2) * 2 * padded_inputs * kTileRows;
+}
+
 static void linear_by_tiles(const BitsLinearParams& p, const Activations& x) {
   const int64_t stripe = x.padded_inputs * kTileRows;
-  share_row_tiles(p, 2, 2 * stripe, [&](int64_t begin, int64_t end, uint8_t* scratch) {
+  share_row_tiles(p, 2, x, 2 * stripe, [&](int64_t begin, int64_t end, uint8_t* scratch) {
     const Tiles tiles;
     for (int64_t row_tile = begin; row_tile < end; row_tile += 2) {
       const int outputs = end - row_tile >= 2 ? 2 : 1;

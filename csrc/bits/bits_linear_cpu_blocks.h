@@ -7,16 +7,28 @@
 
 namespace tranche::cpu::TRANCHE_ISA {
 
-// Rows of tiles that are at work at once: their sums fill the registers, and each word of x serves them all.
-constexpr int wide_tiles(int rows) {
+// Chains of additions that are at work at once, so that their sums fill the registers.
+constexpr int chains(int rows) {
 #if defined(__AVX512F__)
   return rows <= 4 ? 4 : 2;
 #else
   return rows == 1 && kParts <= 2 ? 2 : 1;
 #endif
 }
-constexpr int kStepTiles = 4;       // rows of tiles that a thread takes at a time
-constexpr int64_t kRowChunk = 256;  // rows of x whose totals are kept meanwhile
+constexpr int kStepTiles = 4;        // rows of tiles that a thread takes at a time
+constexpr int64_t kRowChunk = 1024;  // rows of x whose totals are kept meanwhile
+
+// Where the chains that are at work at once lie. For many rows of x they are of as many rows of tiles, and a
+// word of x serves them all. For few rows, where reading the weights is what takes time, they follow one
+// another in one row of tiles: weights are read in the order in which they lie, and nothing else comes near
+// the speed of the memory.
+enum class Order { down, along };
+constexpr int64_t kLineTiles = 32;  // decoded at a time in a row of tiles
+
+TRANCHE_INLINE Order order_of(int64_t padded_rows) {
+  return padded_rows <= kMostRows ? Order::along : Order::down;
+}
+constexpr int step_tiles(Order order) { return order == Order::along ? 1 : kStepTiles; }
 
 // GCC would otherwise carry a loop's accumulators in two sets of registers and copy between them.
 template <class V>
@@ -30,18 +42,11 @@ TRANCHE_INLINE void keep_in_register(V& value) {
 #endif
 }
 
-// One run of some rows of tiles as the engine wants it.
-struct Run {
-  const uint8_t* weights[kStepTiles];
-  int64_t units;
-};
-
-// Adds units [begin, end) of `width` rows of tiles times `rows` rows of x to totals[row of tiles][row of
-// x][16].
-template <class Engine, bool prepared, int width, int rows>
-TRANCHE_INLINE void multiply_units(const Engine& engine, const uint8_t* const* weights, int64_t begin,
-                                   int64_t end, const uint32_t* x, int64_t stride, uint32_t* totals,
-                                   int64_t tile_stride) {
+// Adds to the totals[chain][row of x][16], or to totals[row of x][16] in the order of the chains, `units`
+// units of each of `width` chains times `rows` rows of x. x is what meets the first.
+template <class Engine, Order order, bool prepared, int width, int rows>
+TRANCHE_INLINE void multiply_units(const Engine& engine, const uint8_t* const* weights, int64_t units,
+                                   const uint32_t* x, int64_t stride, uint32_t* totals, int64_t tile_stride) {
   // Every loop over an array of registers is unrolled, or the array would live in memory.
   typename Engine::Sum sum[width][rows][kParts];
 #pragma GCC unroll 4
@@ -52,7 +57,7 @@ TRANCHE_INLINE void multiply_units(const Engine& engine, const uint8_t* const* w
       for (int i = 0; i < kParts; ++i) sum[o][m][i] = Engine::zero();
     }
   }
-  for (int64_t u = begin; u < end; ++u) {
+  for (int64_t u = 0; u < units; ++u) {
 #pragma GCC unroll 4
     for (int j = 0; j < Engine::kSteps; ++j) {
       typename Engine::Weight w[width][kParts];
@@ -67,9 +72,11 @@ TRANCHE_INLINE void multiply_units(const Engine& engine, const uint8_t* const* w
       }
 #pragma GCC unroll 8
       for (int m = 0; m < rows; ++m) {
-        const typename Engine::Input input = Engine::input(x[m * stride + u * Engine::kSteps + j]);
+        const uint32_t* word = x + m * stride + u * Engine::kSteps + j;
+        typename Engine::Input input = Engine::input(*word);
 #pragma GCC unroll 4
         for (int o = 0; o < width; ++o) {
+          if (order == Order::along && o > 0) input = Engine::input(word[o * units * Engine::kSteps]);
 #pragma GCC unroll 4
           for (int i = 0; i < kParts; ++i) {
             sum[o][m][i] = Engine::multiply_add(sum[o][m][i], w[o][i], input);
@@ -85,37 +92,73 @@ TRANCHE_INLINE void multiply_units(const Engine& engine, const uint8_t* const* w
     for (int m = 0; m < rows; ++m) {
 #pragma GCC unroll 4
       for (int i = 0; i < kParts; ++i) {
-        Engine::add_to(totals + o * tile_stride + m * kTileRows + i * int(sizeof(Bytes)) / 4, sum[o][m][i]);
+        uint32_t* total = totals + (order == Order::down ? o * tile_stride : 0) + m * kTileRows;
+        Engine::add_to(total + i * int(sizeof(Bytes)) / 4, sum[o][m][i]);
       }
     }
   }
 }
 
+// `width` rows of tiles at once, each block of inputs a chain in each.
 template <class Engine, bool prepared, int width, int rows>
-static void multiply_run(const Engine& engine, const uint8_t* const* weights, int64_t units,
-                         const uint32_t* x, int64_t stride, uint32_t* totals, int64_t tile_stride) {
+static void multiply_down(const Engine& engine, const uint8_t* const* weights, int64_t units,
+                          const uint32_t* x, int64_t stride, uint32_t* totals, int64_t tile_stride) {
+  const uint8_t* from[width];
   for (int64_t u = 0; u < units; u += Engine::kBlockUnits) {
-    const int64_t end = u + Engine::kBlockUnits < units ? u + Engine::kBlockUnits : units;
-    multiply_units<Engine, prepared, width, rows>(engine, weights, u, end, x, stride, totals, tile_stride);
+    const int64_t left = units - u, length = left < Engine::kBlockUnits ? left : Engine::kBlockUnits;
+    for (int o = 0; o < width; ++o) from[o] = weights[o] + u * 64 * (prepared ? Engine::kSteps : 1);
+    multiply_units<Engine, Order::down, prepared, width, rows>(engine, from, length, x + u * Engine::kSteps,
+                                                               stride, totals, tile_stride);
   }
 }
 
-template <class Engine, bool prepared, int rows>
+// One row of tiles, `width` blocks of its inputs at once. Integers may be cut anywhere.
+template <class Engine, int rows>
+static void multiply_along(const Engine& engine, const uint8_t* weights, int64_t units, const uint32_t* x,
+                           int64_t stride, uint32_t* totals) {
+  constexpr int kChains = chains(rows);
+  static_assert(kUnits % kChains == 0);
+  const int64_t length = Engine::kAnyOrder ? units / kChains : Engine::kBlockUnits;
+  const uint8_t* from[kChains];
+  int64_t u = 0;
+  for (; u + kChains * length <= units; u += kChains * length) {
+    for (int o = 0; o < kChains; ++o) from[o] = weights + (u + o * length) * 64;
+    multiply_units<Engine, Order::along, false, kChains, rows>(engine, from, length, x + u * Engine::kSteps,
+                                                               stride, totals, 0);
+  }
+  for (; u < units; u += length) {
+    from[0] = weights + u * 64;
+    multiply_units<Engine, Order::along, false, 1, rows>(
+        engine, from, length < units - u ? length : units - u, x + u * Engine::kSteps, stride, totals, 0);
+  }
+}
+
+// Some rows of tiles, decoded (and prepared) a run at a time.
+struct Run {
+  const uint8_t* weights[kStepTiles];
+  int64_t units;
+};
+
+template <class Engine, Order order, bool prepared, int rows>
 static void multiply_tiles(const Engine& engine, const Run& run, int count, const uint32_t* x, int64_t stride,
                            uint32_t* totals, int64_t tile_stride) {
-  constexpr int kWide = wide_tiles(rows);
-  int o = 0;
-  for (; o + kWide <= count; o += kWide) {
-    multiply_run<Engine, prepared, kWide, rows>(engine, run.weights + o, run.units, x, stride,
-                                                totals + o * tile_stride, tile_stride);
-  }
-  for (; o < count; ++o) {
-    multiply_run<Engine, prepared, 1, rows>(engine, run.weights + o, run.units, x, stride,
-                                            totals + o * tile_stride, tile_stride);
+  if constexpr (order == Order::along) {
+    multiply_along<Engine, rows>(engine, run.weights[0], run.units, x, stride, totals);
+  } else {
+    constexpr int kWide = chains(rows);
+    int o = 0;
+    for (; o + kWide <= count; o += kWide) {
+      multiply_down<Engine, prepared, kWide, rows>(engine, run.weights + o, run.units, x, stride,
+                                                   totals + o * tile_stride, tile_stride);
+    }
+    for (; o < count; ++o) {
+      multiply_down<Engine, prepared, 1, rows>(engine, run.weights + o, run.units, x, stride,
+                                               totals + o * tile_stride, tile_stride);
+    }
   }
 }
 
-template <class Engine, bool prepared>
+template <class Engine, Order order, bool prepared>
 static void multiply_rows(const Engine& engine, const Run& run, int count, const uint32_t* x, int64_t stride,
                           int64_t rows, uint32_t* totals, int64_t tile_stride) {
   for (int64_t first = 0; first < rows;) {
@@ -124,16 +167,16 @@ static void multiply_rows(const Engine& engine, const Run& run, int count, const
     uint32_t* to = totals + first * kTileRows;
     switch (pass) {
       case 1:
-        multiply_tiles<Engine, prepared, 1>(engine, run, count, from, stride, to, tile_stride);
+        multiply_tiles<Engine, order, prepared, 1>(engine, run, count, from, stride, to, tile_stride);
         break;
       case 2:
-        multiply_tiles<Engine, prepared, 2>(engine, run, count, from, stride, to, tile_stride);
+        multiply_tiles<Engine, order, prepared, 2>(engine, run, count, from, stride, to, tile_stride);
         break;
       case 4:
-        multiply_tiles<Engine, prepared, 4>(engine, run, count, from, stride, to, tile_stride);
+        multiply_tiles<Engine, order, prepared, 4>(engine, run, count, from, stride, to, tile_stride);
         break;
       default:
-        multiply_tiles<Engine, prepared, kMostRows>(engine, run, count, from, stride, to, tile_stride);
+        multiply_tiles<Engine, order, prepared, kMostRows>(engine, run, count, from, stride, to, tile_stride);
     }
     first += pass;
   }
@@ -162,51 +205,66 @@ struct Scratch {
   int64_t rows;       // at a time, padded
 };
 
-constexpr int64_t kRunBytes = kRunTiles * kTileBytes8;
-
 template <class Engine>
-TRANCHE_INLINE int64_t scratch_bytes(int64_t rows) {
-  return kStepTiles * (kRunBytes * (1 + (Engine::kPrepares ? Engine::kSteps : 0)) + 2 * 64 * rows);
+constexpr int64_t kRunBytes = Engine::kRunTiles * kTileBytes8;
+
+TRANCHE_INLINE int64_t chunk_of(int64_t padded_rows) {
+  return padded_rows < kRowChunk ? padded_rows : kRowChunk;
 }
 
 template <class Engine>
-TRANCHE_INLINE Scratch scratch_of(uint8_t* memory, int64_t rows) {
+TRANCHE_INLINE int64_t scratch_bytes(int64_t padded_rows) {
+  const int64_t rows = chunk_of(padded_rows);
+  return kStepTiles * (kRunBytes<Engine> * (1 + (Engine::kPrepares ? Engine::kSteps : 0)) + 2 * 64 * rows);
+}
+
+template <class Engine>
+TRANCHE_INLINE Scratch scratch_of(uint8_t* memory, int64_t padded_rows) {
+  const int64_t rows = chunk_of(padded_rows);
   Scratch s{};
   s.bytes = memory;
-  s.prepared = s.bytes + kStepTiles * kRunBytes;
-  uint8_t* totals = s.prepared + (Engine::kPrepares ? kStepTiles * Engine::kSteps * kRunBytes : 0);
+  s.prepared = s.bytes + kStepTiles * kRunBytes<Engine>;
+  uint8_t* totals = s.prepared + (Engine::kPrepares ? kStepTiles * Engine::kSteps * kRunBytes<Engine> : 0);
   s.totals = reinterpret_cast<uint32_t*>(totals);
   s.y = reinterpret_cast<float*>(totals + 64 * kStepTiles * rows);
   s.rows = rows;
   return s;
 }
 
-// Rows [first, first + rows) of x and `count` rows of tiles from `row_tile` on; `ahead` of those, the next.
-template <class Engine>
+// Rows [first, first + rows) of x and `count` rows of tiles from `row_tile` on.
+template <class Engine, Order order>
 static void multiply_group(const BitsLinearParams& p, const Activations& x, const Engine& engine,
                            const Scratch& s, int64_t group, int64_t row_tile, int count, int64_t first,
                            int64_t rows) {
+  constexpr int64_t kTiles = order == Order::along ? kLineTiles : Engine::kRunTiles;
   const int64_t tiles = p.groups == 1 ? p.w.input_tiles : p.w.in_features / p.groups / kTileInputs;
   const int64_t stride = x.padded_inputs / 4 * Engine::kSteps;
-  const bool prepare = Engine::kPrepares && rows > kMostRows;
-  __builtin_memset(s.totals, 0, size_t(64 * kStepTiles * s.rows));
-  const int64_t end = (group + 1) * tiles;
-  for (int64_t t = group * tiles; t < end; t += kRunTiles) {
-    const int64_t run_end = t + kRunTiles < end ? t + kRunTiles : end;
-    const bool last = run_end == p.w.input_tiles;  // then the next rows of tiles come
-    const int64_t ahead = last ? count * p.w.input_tiles - t : kRunTiles;
+  const bool prepare = order == Order::down && Engine::kPrepares && rows > kMostRows;
+  __builtin_memset(s.totals, 0, size_t(64 * count * s.rows));
+  const int64_t begin = group * tiles, end = begin + tiles;
+  const uint32_t* of_group =
+      static_cast<const uint32_t*>(x.x) + first * stride + begin * kUnits * Engine::kSteps;
+  if (Engine::kAnyOrder && order == Order::along && rows == 1 && p.w.slices > 0) {
+    return dot_tiles(p.w, row_tile, begin, end, of_group, s.totals);
+  }
+  for (int64_t t = begin; t < end; t += kTiles) {
+    const int64_t run_end = t + kTiles < end ? t + kTiles : end;
+    // What is read next: of these rows of tiles, or of those after them.
+    const bool leaves = order == Order::down && run_end == p.w.input_tiles;
+    const int64_t ahead = leaves ? count * p.w.input_tiles - t : kTiles;
     Run run{};
     run.units = (run_end - t) * kUnits;
     for (int o = 0; o < count; ++o) {
-      run.weights[o] = decode_tiles(p.w, row_tile + o, t, run_end, ahead, s.bytes + o * kRunBytes);
+      run.weights[o] = decode_tiles(p.w, row_tile + o, t, run_end, ahead, s.bytes + o * kRunBytes<Engine>);
       if (prepare) {
-        uint8_t* to = s.prepared + o * Engine::kSteps * kRunBytes;
+        uint8_t* to = s.prepared + o * Engine::kSteps * kRunBytes<Engine>;
         prepare_units(engine, run.weights[o], run.units, to);
         run.weights[o] = to;
       }
     }
-    const uint32_t* from = static_cast<const uint32_t*>(x.x) + first * stride + t * kUnits * Engine::kSteps;
-    const auto multiply = prepare ? multiply_rows<Engine, Engine::kPrepares> : multiply_rows<Engine, false>;
+    const uint32_t* from = of_group + (t - begin) * kUnits * Engine::kSteps;
+    const auto multiply = prepare                          ? multiply_rows < Engine, order,
+               order == Order::down && Engine::kPrepares > : multiply_rows<Engine, order, false>;
     multiply(engine, run, count, from, stride, rows, s.totals, s.rows * kTileRows);
   }
 }
@@ -245,27 +303,48 @@ static void finish(const BitsLinearParams& p, const Activations& x, const Scratc
   }
 }
 
-template <class Engine>
-static void linear_by_blocks(const BitsLinearParams& p, const Activations& x) {
+// All rows of x with the rows of tiles [row_tile, row_tile + count).
+template <class Engine, Order order>
+static void multiply_step(const BitsLinearParams& p, const Activations& x, const Engine& engine,
+                          const Scratch& s, int64_t row_tile, int count) {
+  for (int64_t first = 0; first < p.rows; first += s.rows) {
+    const int64_t rows = p.rows - first < s.rows ? p.rows - first : s.rows;
+    __builtin_memset(s.y, 0, size_t(64 * count * s.rows));
+    for (int64_t g = 0; g < p.groups; ++g) {
+      multiply_group<Engine, order>(p, x, engine, s, g, row_tile, count, first, rows);
+      if (p.kind != LinearKind::integers) scale_group(p, x, s, g, row_tile, count, first, rows);
+    }
+    finish(p, x, s, row_tile, count, first, rows);
+  }
+}
+
+template <class Engine, Order order>
+static void linear_in_order(const BitsLinearParams& p, const Activations& x) {
+  constexpr int kStep = step_tiles(order);
   const Engine engine(p.w);
-  const int64_t chunk = x.padded_rows < kRowChunk ? x.padded_rows : kRowChunk;
-  share_row_tiles(p, kStepTiles, scratch_bytes<Engine>(chunk),
+  share_row_tiles(p, kStep, x, scratch_bytes<Engine>(x.padded_rows),
                   [&](int64_t begin, int64_t end, uint8_t* mine) {
-                    const Scratch s = scratch_of<Engine>(mine, chunk);
-                    for (int64_t row_tile = begin; row_tile < end; row_tile += kStepTiles) {
-                      const int count = int(end - row_tile < kStepTiles ? end - row_tile : kStepTiles);
-                      for (int64_t first = 0; first < p.rows; first += chunk) {
-                        const int64_t rows = p.rows - first < chunk ? p.rows - first : chunk;
-                        __builtin_memset(s.y, 0, size_t(64 * kStepTiles * s.rows));
-                        for (int64_t g = 0; g < p.groups; ++g) {
-                          multiply_group(p, x, engine, s, g, row_tile, count, first, rows);
-                          if (p.kind != LinearKind::integers)
-                            scale_group(p, x, s, g, row_tile, count, first, rows);
-                        }
-                        finish(p, x, s, row_tile, count, first, rows);
-                      }
+                    const Scratch s = scratch_of<Engine>(mine, x.padded_rows);
+                    for (int64_t row_tile = begin; row_tile < end; row_tile += kStep) {
+                      const int count = int(end - row_tile < kStep ? end - row_tile : kStep);
+                      multiply_step<Engine, order>(p, x, engine, s, row_tile, count);
                     }
                   });
+}
+
+template <class Engine>
+static void linear_by_blocks(const BitsLinearParams& p, const Activations& x) {
+  if (order_of(x.padded_rows) == Order::along) {
+    linear_in_order<Engine, Order::along>(p, x);
+  } else {
+    linear_in_order<Engine, Order::down>(p, x);
+  }
+}
+
+// Bytes that the workers need beside the activations.
+template <class Engine>
+static int64_t blocks_scratch(const BitsLinearParams& p, int64_t padded_rows) {
+  return workers(p, step_tiles(order_of(padded_rows))) * scratch_bytes<Engine>(padded_rows);
 }
 
 }  // namespace tranche::cpu::TRANCHE_ISA

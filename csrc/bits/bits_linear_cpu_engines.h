@@ -1,12 +1,17 @@
 // The three arithmetics of bits_linear. An engine turns a unit of weights (16 rows of 4 inputs, as bytes
 // W + 128) into `kSteps` vectors for each vector of bytes, and multiplies one with a word of x: the inputs
 // that the step is about, the same for all rows. kBlockUnits units are one chain of additions, which is then
-// added to a total: the shorter, the smaller the error of a sum of floats.
+// added to a total: the shorter, the smaller the error of a sum of floats. With kAnyOrder chains may be cut
+// elsewhere.
 #pragma once
 
 #include "bits/bits_linear_cpu.h"
 
 namespace tranche::cpu::TRANCHE_ISA {
+
+constexpr int64_t kFloatRunTiles = 8;
+static_assert(kFloatRunTiles * kTileInputs % kBf16Block == 0 && kBf16Block % kFloatBlock == 0,
+              "runs are of blocks");
 
 // Integer activations: dot products of four bytes. A word is four codes.
 struct IntegerEngine {
@@ -14,7 +19,9 @@ struct IntegerEngine {
   using Weight = Bytes;
   using Input = FourBytes;
   static constexpr int kSteps = 1;
+  static constexpr int64_t kRunTiles = 128;
   static constexpr int kBlockUnits = kRunTiles * kUnits;
+  static constexpr bool kAnyOrder = true;
   static constexpr bool kPrepares = false;  // weights are used as they are decoded
 
   explicit IntegerEngine(const PackedWeight&) {}
@@ -32,7 +39,9 @@ struct FloatEngine {
   using Weight = Vec;
   using Input = Vec;
   static constexpr int kSteps = 4;
+  static constexpr int64_t kRunTiles = kFloatRunTiles;
   static constexpr int kBlockUnits = kFloatBlock / 4;
+  static constexpr bool kAnyOrder = false;
   static constexpr bool kPrepares = true;
 
   explicit FloatEngine(const PackedWeight&) {}
@@ -61,7 +70,9 @@ struct Bf16Engine {
   using Weight = Bytes;
   using Input = Bytes;
   static constexpr int kSteps = 2;
+  static constexpr int64_t kRunTiles = kFloatRunTiles;
   static constexpr int kBlockUnits = kBf16Block / 4;
+  static constexpr bool kAnyOrder = false;
   static constexpr bool kPrepares = true;
   static constexpr int kMostBitsOfTable = 5;  // what an index into 32 words holds
 

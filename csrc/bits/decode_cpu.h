@@ -101,15 +101,22 @@ static_assert(sizeof(Vec) == sizeof(Bytes), "a vector of floats holds the rows o
 
 TRANCHE_INLINE Bytes bmove(Bytes x, int left) { return left >= 0 ? bleft(x, left) : bright(x, -left); }
 
+// A number as an argument.
+template <auto number>
+struct Constant {
+  static constexpr auto value = number;
+};
+
 // Where a row of tiles starts in each stream.
 struct Streams {
   const uint8_t* two[3];  // slices 0, 2, 3
   const uint8_t* one[2];  // slices 1, 4
 };
 
-// Tile t of a row of tiles to 512 bytes of the plain layout. slices is 2 to 5.
-template <int slices>
-TRANCHE_INLINE void decode_tile(const Streams& from, int64_t t, Rounding rounding, uint8_t* to) {
+// Tile t of a row of tiles: calls take(unit, part, bytes) for its units in turn. slices is 2 to 5; with all
+// of them and `exact`, nothing is rounded.
+template <int slices, bool exact, class F>
+TRANCHE_INLINE void decode_tile(const Streams& from, int64_t t, Rounding rounding, const F& take) {
 #pragma GCC unroll 4
   for (int i = 0; i < kParts; ++i) {
     const int64_t at = int(sizeof(Bytes)) * i;
@@ -118,7 +125,6 @@ TRANCHE_INLINE void decode_tile(const Streams& from, int64_t t, Rounding roundin
     if constexpr (slices >= 5) bit0 = bload(from.one[1] + t * 64 + at);
 #pragma GCC unroll 2
     for (int q = 0; q < 2; ++q) {
-      uint8_t* units = to + 256 * q + at;
       const Bytes bits76 = bload(from.two[0] + t * 128 + 64 * q + at);
       if constexpr (slices == 2) {
         // Four fields of two bits a byte: add the guard bit to those that are not 3, all at once.
@@ -126,7 +132,7 @@ TRANCHE_INLINE void decode_tile(const Streams& from, int64_t t, Rounding roundin
         const Bytes rounded = badd(bits76, band_nand(guard, bits76, bright(bits76, 1)));
 #pragma GCC unroll 4
         for (int s = 0; s < 4; ++s) {
-          bstore(units + 64 * s, band(bleft(rounded, 6 - 2 * s), bset(0xc0c0c0c0u)));
+          take(4 * q + s, i, band(bleft(rounded, 6 - 2 * s), bset(0xc0c0c0c0u)));
         }
       } else {
         const Bytes bits43 = bload(from.two[1] + t * 128 + 64 * q + at);
@@ -138,32 +144,57 @@ TRANCHE_INLINE void decode_tile(const Streams& from, int64_t t, Rounding roundin
           x = bselect(bset(0xe0e0e0e0u), x, bmove(bits43, 3 - 2 * s));
           if constexpr (slices >= 4) x = bselect(bset(0xf8f8f8f8u), x, bmove(bits21, 1 - 2 * s));
           if constexpr (slices >= 5) x = bselect(bset(0xfefefefeu), x, bright(bit0, 2 * s + q));
-          bstore(units + 64 * s, band(badd_saturated(x, bset(rounding.half)), bset(rounding.keep)));
+          if constexpr (!exact) x = band(badd_saturated(x, bset(rounding.half)), bset(rounding.keep));
+          take(4 * q + s, i, x);
         }
       }
     }
   }
 }
 
-// Brings a tile of later nearer: so many streams at once are more than hardware foresees.
-template <int slices>
+// Brings a tile of later nearer: so many streams at once are more than hardware foresees. `passing`: it will
+// be read from the first cache and not again, so that the others may keep what they have.
+template <int slices, bool passing>
 TRANCHE_INLINE void prefetch_tile(const Streams& from, int64_t t) {
-  constexpr int kTwos = slices < 4 ? slices - 1 : 3;
+  constexpr int kTwos = slices < 4 ? slices - 1 : 3, kLocality = passing ? 0 : 3;
 #pragma GCC unroll 3
   for (int i = 0; i < kTwos; ++i) {
-    __builtin_prefetch(from.two[i] + t * 128);
-    __builtin_prefetch(from.two[i] + t * 128 + 64);
+    __builtin_prefetch(from.two[i] + t * 128, 0, kLocality);
+    __builtin_prefetch(from.two[i] + t * 128 + 64, 0, kLocality);
   }
-  __builtin_prefetch(from.one[0] + t * 64);
-  if constexpr (slices >= 5) __builtin_prefetch(from.one[1] + t * 64);
+  __builtin_prefetch(from.one[0] + t * 64, 0, kLocality);
+  if constexpr (slices >= 5) __builtin_prefetch(from.one[1] + t * 64, 0, kLocality);
 }
 
-template <int slices>
+// f with `slices` and `exact` of decode_tile as constants.
+template <class F>
+TRANCHE_INLINE void with_slices(const PackedWeight& w, const F& f) {
+  switch (w.slices) {
+    case 2:
+      return f(Constant<2>(), Constant<false>());
+    case 3:
+      return f(Constant<3>(), Constant<false>());
+    case 4:
+      return f(Constant<4>(), Constant<false>());
+    default:
+      return w.bits == 8 ? f(Constant<5>(), Constant<true>()) : f(Constant<5>(), Constant<false>());
+  }
+}
+
+TRANCHE_INLINE Streams streams_of(const PackedWeight& w, int64_t tile) {
+  return {{slice_stream(w, 0, tile), slice_stream(w, 2, tile), slice_stream(w, 3, tile)},
+          {slice_stream(w, 1, tile), slice_stream(w, 4, tile)}};
+}
+
+template <int slices, bool exact>
 static void decode_run(const Streams& from, int64_t begin, int64_t end, int64_t ahead, Rounding rounding,
                        uint8_t* to) {
   for (int64_t t = begin; t < end; ++t) {
-    prefetch_tile<slices>(from, t + ahead);
-    decode_tile<slices>(from, t, rounding, to + (t - begin) * kTileBytes8);
+    prefetch_tile<slices, false>(from, t + ahead);
+    uint8_t* units = to + (t - begin) * kTileBytes8;
+    decode_tile<slices, exact>(from, t, rounding, [units](int unit, int part, Bytes x) {
+      bstore(units + 64 * unit + int(sizeof(Bytes)) * part, x);
+    });
   }
 }
 
@@ -171,7 +202,6 @@ static void decode_run(const Streams& from, int64_t begin, int64_t end, int64_t 
 // will be read next lies `ahead` tiles later.
 static const uint8_t* decode_tiles(const PackedWeight& w, int64_t row_tile, int64_t begin, int64_t end,
                                    int64_t ahead, uint8_t* to) {
-  const Rounding rounding = rounding_of_bits(w.bits);
   const int64_t tile = row_tile * w.input_tiles;
   if (w.slices == 0) {
     const uint8_t* plain = w.data + (tile + begin) * kTileBytes8;
@@ -180,22 +210,49 @@ static const uint8_t* decode_tiles(const PackedWeight& w, int64_t row_tile, int6
     }
     return plain;
   }
-  const Streams from = {{slice_stream(w, 0, tile), slice_stream(w, 2, tile), slice_stream(w, 3, tile)},
-                        {slice_stream(w, 1, tile), slice_stream(w, 4, tile)}};
-  switch (w.slices) {
-    case 2:
-      decode_run<2>(from, begin, end, ahead, rounding, to);
-      break;
-    case 3:
-      decode_run<3>(from, begin, end, ahead, rounding, to);
-      break;
-    case 4:
-      decode_run<4>(from, begin, end, ahead, rounding, to);
-      break;
-    default:
-      decode_run<5>(from, begin, end, ahead, rounding, to);
-  }
+  with_slices(w, [&](auto slices, auto exact) {
+    decode_run<slices.value, exact.value>(streams_of(w, tile), begin, end, ahead, rounding_of_bits(w.bits),
+                                          to);
+  });
   return to;
+}
+
+// Tiles [begin, end) of a row of tiles times one row of codes, of which x is what meets the first: adds to
+// the totals of 16 outputs. Here weights meet x as they are decoded, and in registers.
+template <int slices, bool exact>
+static void dot_run(const Streams& from, int64_t begin, int64_t end, Rounding rounding, const uint32_t* x,
+                    uint32_t* totals) {
+  constexpr int64_t kAhead = 32;  // tiles
+  constexpr int kChains = kParts == 1 ? kUnits : kParts == 2 ? 2 : 1;
+  Bytes sum[kParts][kChains];
+#pragma GCC unroll 4
+  for (int i = 0; i < kParts; ++i) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kChains; ++c) sum[i][c] = bset(0);
+  }
+  for (int64_t t = begin; t < end; ++t) {
+    prefetch_tile<slices, true>(from, t + kAhead);
+    const uint32_t* words = x + (t - begin) * kUnits;
+    decode_tile<slices, exact>(from, t, rounding, [&](int unit, int part, Bytes w) {
+      sum[part][unit % kChains] = bdot(sum[part][unit % kChains], w, bspread(words[unit]));
+    });
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kParts; ++i) {
+    uint32_t* total = totals + i * int(sizeof(Bytes)) / 4;
+    Bytes all = bload(total);
+#pragma GCC unroll 8
+    for (int c = 0; c < kChains; ++c) all = badd(all, sum[i][c]);
+    bstore(total, all);
+  }
+}
+
+static void dot_tiles(const PackedWeight& w, int64_t row_tile, int64_t begin, int64_t end, const uint32_t* x,
+                      uint32_t* totals) {
+  with_slices(w, [&](auto slices, auto exact) {
+    dot_run<slices.value, exact.value>(streams_of(w, row_tile * w.input_tiles), begin, end,
+                                       rounding_of_bits(w.bits), x, totals);
+  });
 }
 
 }  // namespace tranche::cpu::TRANCHE_ISA

@@ -227,14 +227,24 @@ def linear(
     """
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
-    rows = _rows(x)
-    settings = (*_flat(packed), bits, activation_bits)
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if needs_grad:
-        out = _Linear.apply(rows, packed.data, scale, bias, settings)
+    # Once a large weight has passed, this function's own code and data are no longer in any cache, and each lookup
+    # waits for memory: it makes no more of them than the call needs.
+    rows = x if x.dim() == 2 and x.stride(1) == 1 else _rows(x)
+    if (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled():
+        out = _Linear.apply(rows, packed.data, scale, bias, (*_flat(packed), bits, activation_bits))
     else:
-        out = _library.ops().bits_linear(rows, packed.data, scale, *settings[:4], bias, activation_bits)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], packed.out_features)
+        out = _library.ops().bits_linear.default(
+            rows,
+            packed.data,
+            scale,
+            packed.out_features,
+            packed.in_features,
+            packed.layout,
+            bits,
+            bias,
+            activation_bits,
+        )
+    return out if rows is x else out.view(*x.shape[:-1], packed.out_features)
 
 
 # ---- fake kernels -------------------------------------------------------------------------------------------
