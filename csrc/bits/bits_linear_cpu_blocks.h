@@ -30,18 +30,6 @@ TRANCHE_INLINE Order order_of(int64_t padded_rows) {
 }
 constexpr int step_tiles(Order order) { return order == Order::along ? 1 : kStepTiles; }
 
-// GCC would otherwise carry a loop's accumulators in two sets of registers and copy between them.
-template <class V>
-TRANCHE_INLINE void keep_in_register(V& value) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(value));
-#elif defined(__x86_64__)
-  asm("" : "+x"(value));
-#else
-  (void)value;
-#endif
-}
-
 // Adds to the totals[chain][row of x][16], or to totals[row of x][16] in the order of the chains, `units`
 // units of each of `width` chains times `rows` rows of x. x is what meets the first.
 template <class Engine, Order order, bool prepared, int width, int rows>

@@ -1,13 +1,10 @@
 // Twelve chains hide the latency of two multiply-add units.
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include <cstring>
 
 #include "core/isa.h"
 #include "core/limit_math.h"
 #include "core/parallel.h"
+#include "core/simd.h"
 
 namespace tranche::cpu::TRANCHE_ISA {
 
@@ -18,16 +15,6 @@ constexpr int kChains = 12;
 struct Work {
   double operations, checksum;
 };
-
-// Keeps the compiler from seeing that a chain is linear and closing it.
-template <class V>
-inline void opaque(V& value) {
-#if defined(__AVX512F__)
-  asm volatile("" : "+v"(value));
-#else
-  asm volatile("" : "+x"(value));
-#endif
-}
 
 template <class V, class Step>
 Work run_chains(int64_t iterations, double operations_per_step, V start, const Step& step) {
@@ -40,7 +27,7 @@ Work run_chains(int64_t iterations, double operations_per_step, V start, const S
 #pragma GCC unroll 12
     for (int c = 0; c < kChains; ++c) {
       chain[c] = step(chain[c]);
-      opaque(chain[c]);
+      keep_in_register(chain[c]);  // and nobody sees that a chain is linear, and closes it
     }
   }
   float first[sizeof(V) / sizeof(float)];
@@ -59,6 +46,7 @@ Work fp32_chains(int64_t n) {
   const __m512 a = _mm512_set1_ps(0.999f), b = _mm512_set1_ps(0.5f);
   return run_chains(n, 32, b, [&](__m512 c) { return _mm512_fmadd_ps(c, a, b); });
 }
+#if !defined(__AMX_TILE__)
 Work int8_chains(int64_t n) {
   const __m512i a = _mm512_set1_epi8(3);
   return run_chains(n, 128, a, [&](__m512i c) { return _mm512_dpbusd_epi32(c, a, a); });
@@ -67,6 +55,7 @@ Work bf16_chains(int64_t n) {
   const __m512bh a = (__m512bh)_mm512_set1_epi16(0x3f00);
   return run_chains(n, 64, _mm512_set1_ps(0.5f), [&](__m512 c) { return _mm512_dpbf16_ps(c, a, a); });
 }
+#endif
 #elif defined(__AVX2__)
 Work fp32_chains(int64_t n) {
   const __m256 a = _mm256_set1_ps(0.999f), b = _mm256_set1_ps(0.5f);

@@ -29,6 +29,19 @@ namespace tranche::cpu::TRANCHE_ISA {
 
 constexpr float kInf = __builtin_inff();
 
+// Emits nothing, and the compiler cannot look through it: GCC would otherwise carry a loop's accumulators in
+// two sets of registers and copy between them.
+template <class V>
+TRANCHE_INLINE void keep_in_register(V& value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__x86_64__)
+  asm("" : "+x"(value));
+#else
+  (void)value;
+#endif
+}
+
 #if defined(__AVX512F__)
 
 constexpr int kWidth = 16;
