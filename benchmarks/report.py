@@ -39,8 +39,19 @@ def show(results: list[Result], console: Console) -> None:
             ratios,
         )
     console.print(table)
+    for line in noisy(results):
+        console.print(line, highlight=False)
     if results:
         console.print(f"One row alone: {results[0].command}", highlight=False)
+
+
+def noisy(results: list[Result]) -> list[str]:
+    """What is to be said of rows that something else disturbed, or whose limit was."""
+    return [
+        f"{r.name}: noisy: close other programs and run it again"
+        for r in results
+        if r.spread[1] > 2 * r.spread[0] or r.percent_of_limit > 115
+    ]
 
 
 def machine(device: str) -> dict[str, str]:
@@ -132,6 +143,7 @@ def markdown_summary(results: list[Result], about: dict[str, str]) -> str:
     for family in dict.fromkeys(r.family for r in results):
         rows = [r for r in results if r.family == family]
         lines += ["", f"## {family}", "", f"![roofline](roofline-{family}.png)", "", markdown_table(rows)]
+        lines += [f"* {text}" for text in noisy(rows)]
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ A page holds pairs of lines
 
 and `python -m benchmarks.tables` fills the space between with the rows of `benchmarks/results/cpu/*.json` whose op
 has that name, so that no figure in the docs was ever typed. README's block `<!-- headline: cpu -->` takes the
-rows of HEADLINE.
+rows of HEADLINE, and below them says of all rows which are slower than a baseline.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from benchmarks.harness import Result
 from benchmarks.report import load, markdown_table
 
 ROOT = Path(__file__).parent.parent
@@ -43,25 +44,48 @@ def table(machine: str, op: str) -> str:
     return "\n".join(blocks) or "Not measured yet.\n"
 
 
+def best_baseline(result: Result) -> tuple[str, tuple[float, float, float]]:
+    """The baseline that comes nearest to us or passes us, and the ratio to it."""
+    return min(result.ratios.items(), key=lambda item: item[1][0])
+
+
+def slower(results: list[Result]) -> list[str]:
+    """A paragraph that names, op by op, the rows whose best baseline is faster than we are."""
+    compared: dict[str, list[float]] = {}
+    for r in results:
+        if r.ratios:
+            compared.setdefault(r.name.split()[0], []).append(best_baseline(r)[1][0])
+    if not compared:
+        return []
+    said = []
+    for op, ratios in compared.items():
+        below = [ratio for ratio in ratios if ratio < 1]
+        if below:
+            low, high = f"{min(below):.2f}", f"{max(below):.2f}"
+            times = low if low == high else f"{low} to {high}"
+            said.append(f"`{op}` in {len(below)} of {len(ratios)} rows ({times} times)")
+    if not said:
+        return ["", "No row is slower than the best of its baselines."]
+    return ["", f"Slower than the best of its baselines: {', '.join(said)}."]
+
+
 def headline(machine: str) -> str:
     """The rows of HEADLINE on one machine, each against its best baseline and with the command that repeats it."""
     lines = ["| what | times the best of its baselines | again by |", "| --- | ---: | --- |"]
     about: dict[str, str] = {}
+    everything: list[Result] = []
     for path in sorted((ROOT / "benchmarks/results" / machine).glob("*.json")):
         about, results = load(path)
+        everything += results
         for r in results:
             if not (r.ratios and any(re.search(pattern, r.name) for pattern in HEADLINE)):
                 continue
-            name, ratio = min(r.ratios.items(), key=lambda item: item[1][0])
+            name, ratio = best_baseline(r)
             lines.append(
                 f"| {r.name} | {ratio[0]:.2f} ({name}; {ratio[1]:.2f}..{ratio[2]:.2f}) | `{r.command}` |"
             )
-    return (
-        "\n".join(
-            [*lines, "", f"On {about.get('device', 'no machine yet')}, {about.get('threads', 'no')} threads."]
-        )
-        + "\n"
-    )
+    lines += ["", f"On {about.get('device', 'no machine yet')}, {about.get('threads', 'no')} threads."]
+    return "\n".join([*lines, *slower(everything)]) + "\n"
 
 
 def main() -> None:

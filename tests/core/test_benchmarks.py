@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from benchmarks import harness, report, tables
 from benchmarks.timing import Sample
@@ -104,6 +106,53 @@ def test_pages_take_their_figures_from_results(result, tmp_path, monkeypatch):
         "-->\nend\n"
     )
     assert "old" not in text
+
+
+def test_the_headline_says_where_a_baseline_is_faster(result):
+    def row(name: str, *ratios: float) -> harness.Result:
+        return replace(result, name=name, ratios={f"b{i}": (x, x, x) for i, x in enumerate(ratios)})
+
+    faster = row("moe_draft T1", 1.5, 2.0)
+    assert tables.slower([]) == []
+    assert tables.slower([faster]) == ["", "No row is slower than the best of its baselines."]
+    rows = [faster, row("bits M1", 3, 0.64), row("bits M2", 0.9), row("bits M8", 1), row("mlp a", 0.87, 0.9)]
+    assert tables.slower([*rows, row("alone")]) == [
+        "",
+        "Slower than the best of its baselines: `bits` in 2 of 3 rows (0.64 to 0.90 times), "
+        "`mlp` in 1 of 1 rows (0.87 times).",
+    ]
+
+
+def test_readme_says_it_below_the_headline(result, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    report.save(
+        [replace(result, ratios={"sdpa": (0.5, 0.4, 0.6)})],
+        "cpu",
+        tmp_path / "benchmarks/results/cpu/tree.json",
+    )
+    (tmp_path / "README.md").write_text("<!-- headline: cpu -->\nold\n<!-- end of headline -->\n")
+    tables.main()
+    text = (tmp_path / "README.md").read_text()
+    assert "baselines: `tree_attention` in 1 of 1 rows (0.50 times).\n<!-- end of headline -->" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "warned"),
+    [
+        ({}, False),
+        ({"spread": (60.0, 120.0)}, False),
+        ({"spread": (60.0, 121.0)}, True),
+        ({"percent_of_limit": 115.0}, False),
+        ({"percent_of_limit": 116.0}, True),
+    ],
+)
+def test_a_disturbed_row_is_called_noisy(result, change, warned):
+    console = Console(width=300, record=True, quiet=False, file=io.StringIO())
+    row = replace(result, **change)
+    report.show([row], console)
+    said = f"{row.name}: noisy: close other programs and run it again"
+    assert (said in console.export_text()) == warned
+    assert (said in report.markdown_summary([row], {})) == warned
 
 
 def test_a_sample_is_median_and_quartiles():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^( *)```python\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+RESULTS = re.compile(r"^<!-- results: (\S+) (\S+) -->$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#:]+)(#[^)]*)?\)")
 
 
@@ -26,6 +28,11 @@ def test_examples_run(page):
         exec(compile(block, f"{page.name}, example {number}", "exec"), namespace)
 
 
+@pytest.mark.parametrize("number", range(len(blocks(ROOT / "README.md"))))
+def test_an_example_of_readme_runs_alone(number):
+    exec(compile(blocks(ROOT / "README.md")[number], "README.md", "exec"), {"__name__": "example"})
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for match in LINK.finditer(page.read_text()):
@@ -36,3 +43,10 @@ def test_every_page_is_linked_from_readme():
     text = (ROOT / "README.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert f"(docs/{page.name})" in text, page.name
+
+
+def test_every_measured_op_has_its_rows_on_a_page():
+    shown = {match for page in PAGES for match in RESULTS.findall(page.read_text())}
+    for path in (ROOT / "benchmarks" / "results").glob("*/*.json"):
+        for row in json.loads(path.read_text())["rows"]:
+            assert (path.parent.name, row["name"].split()[0]) in shown, row["name"]

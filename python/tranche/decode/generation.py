@@ -75,8 +75,8 @@ def generate(
     an exception or an interrupt ends the call. It must not be called by others meanwhile.
 
     Args:
-        model: a transformers causal language model whose attention goes through `AttentionInterface` (Llama, Mistral,
-            Qwen2, Qwen3).
+        model: a transformers causal language model with rotary embeddings whose attention goes through
+            `AttentionInterface` (Llama, Mistral, Qwen2, Qwen3).
         drafter: who proposes; None decodes plainly.
         input_ids: int64 [B, T], prompts of at least one token.
         attention_mask: [B, T], nonzero where input_ids is a token; padding left or right. All tokens when left out.
