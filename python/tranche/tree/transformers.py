@@ -17,8 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache
+
+from tranche._extras import needed
+
+with needed("tranche.tree.transformers", "transformers"):
+    from transformers import AttentionInterface, PreTrainedModel
+    from transformers.cache_utils import Cache
 
 from tranche.tree.accepted import Accepted
 from tranche.tree.cache import compact_cache_, write_cache_
