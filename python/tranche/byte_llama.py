@@ -127,7 +127,8 @@ def _train(model: LlamaForCausalLM, text: Tensor, recipe: Recipe, progress: bool
                 loss = model(input_ids=window, labels=window, use_cache=False).loss
             if not torch.isfinite(loss):
                 raise FloatingPointError(
-                    f"tranche.byte_llama: the loss became {loss.item()}. Lower the recipe's learning rate."
+                    f"tranche.byte_llama.load_or_train: the loss became {loss.item()}. "
+                    "Lower the recipe's learning rate."
                 )
             optimizer.zero_grad()
             loss.backward()

@@ -110,8 +110,8 @@ class _BitSwitch(Switchable):
         own = self.get_extra_state()
         if state != own:
             raise ValueError(
-                f"tranche.bits: expected packed data with {own}, got {state}. Unpack it with the version that packed "
-                "it, and pack its codes with this one."
+                f"tranche.bits.{type(self).__name__}: expected packed data with {own}, got {state}. "
+                "Unpack it with the version that packed it, and pack its codes with this one."
             )
 
     def extra_repr(self) -> str:

@@ -135,13 +135,13 @@ def tranche_tree(
     """
     if tree is None or cache_seqlens is None:
         raise ValueError(
-            "tranche_tree: expected the model's keyword arguments tree and cache_seqlens, got none. "
-            "Call tranche.tree.transformers.evaluate or prefill, or pass them."
+            "tranche.tree.transformers.tranche_tree: expected the model's keyword arguments tree and "
+            "cache_seqlens, got none. Call tranche.tree.transformers.evaluate or prefill, or pass them."
         )
     if attention_mask is not None or dropout != 0.0:
         raise ValueError(
-            "tranche_tree: expected no attention_mask and no dropout. Give padding its place in n_nodes and "
-            "cache_seqlens, and call model.eval()."
+            "tranche.tree.transformers.tranche_tree: expected no attention_mask and no dropout, got one. "
+            "Give padding its place in n_nodes and cache_seqlens, and call model.eval()."
         )
     out = tree_attention(
         query.transpose(1, 2),
