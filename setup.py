@@ -69,6 +69,8 @@ class CMakeBuild(build_ext):
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
+            # pip's isolated builds each have a ninja of their own, and delete it
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DCMAKE_INSTALL_PREFIX={package}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DTRANCHE_TORCH_ROOT={torch}",
@@ -87,7 +89,9 @@ class CMakeBuild(build_ext):
             ["cmake", "--install", str(build)],
         ):
             if subprocess.run(command).returncode != 0:
-                fail(f"`{' '.join(command[:2])}` failed; the reason stands above.")
+                fail(
+                    f"`{' '.join(command[:2])}` failed for the reason above; after a change of tools, `make clean`."
+                )
 
 
 setup(ext_modules=[Extension("tranche._host", sources=[])], cmdclass={"build_ext": CMakeBuild})

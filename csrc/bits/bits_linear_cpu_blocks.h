@@ -198,36 +198,45 @@ static void prepare_units(const Engine& engine, const uint8_t* bytes, int64_t un
 
 // What a thread keeps while it works on some rows of tiles.
 struct Scratch {
-  uint8_t* bytes;     // [kStepTiles][a run] decoded
-  uint8_t* prepared;  // [kStepTiles][a run] as the engine wants them
-  uint32_t* totals;   // [kStepTiles][rows][16] of one group: integers or floats
-  float* y;           // [kStepTiles][rows][16]
+  uint8_t* bytes;     // [step_tiles][a run] decoded
+  uint8_t* prepared;  // [step_tiles][a run] as the engine wants them, where many rows of x are worth that
+  uint32_t* totals;   // [step_tiles][rows][16] of one group: integers or floats
+  float* y;           // [step_tiles][rows][16]
   int64_t rows;       // at a time, padded
 };
 
 template <class Engine>
-constexpr int64_t kRunBytes = Engine::kRunTiles * kTileBytes8;
-
-TRANCHE_INLINE int64_t chunk_of(int64_t padded_rows) {
-  return padded_rows < kRowChunk ? padded_rows : kRowChunk;
+constexpr int64_t run_bytes(Order order) {
+  return (order == Order::along ? kLineTiles : Engine::kRunTiles) * kTileBytes8;
 }
 
+// Where each array ends: those of Scratch, in their order.
+struct ScratchEnds {
+  int64_t bytes, prepared, totals, y;
+};
+
 template <class Engine>
-TRANCHE_INLINE int64_t scratch_bytes(int64_t padded_rows) {
-  const int64_t rows = chunk_of(padded_rows);
-  return kStepTiles * (kRunBytes<Engine> * (1 + (Engine::kPrepares ? Engine::kSteps : 0)) + 2 * 64 * rows);
+TRANCHE_INLINE ScratchEnds scratch_ends(int64_t padded_rows) {
+  const Order order = order_of(padded_rows);
+  const int64_t rows = padded_rows < kRowChunk ? padded_rows : kRowChunk, tiles = step_tiles(order);
+  const bool prepares = Engine::kPrepares && order == Order::down;
+  ScratchEnds ends{};
+  ends.bytes = tiles * run_bytes<Engine>(order);
+  ends.prepared = ends.bytes * (1 + (prepares ? Engine::kSteps : 0));
+  ends.totals = ends.prepared + 64 * tiles * rows;
+  ends.y = ends.totals + 64 * tiles * rows;
+  return ends;
 }
 
 template <class Engine>
 TRANCHE_INLINE Scratch scratch_of(uint8_t* memory, int64_t padded_rows) {
-  const int64_t rows = chunk_of(padded_rows);
+  const ScratchEnds ends = scratch_ends<Engine>(padded_rows);
   Scratch s{};
   s.bytes = memory;
-  s.prepared = s.bytes + kStepTiles * kRunBytes<Engine>;
-  uint8_t* totals = s.prepared + (Engine::kPrepares ? kStepTiles * Engine::kSteps * kRunBytes<Engine> : 0);
-  s.totals = reinterpret_cast<uint32_t*>(totals);
-  s.y = reinterpret_cast<float*>(totals + 64 * kStepTiles * rows);
-  s.rows = rows;
+  s.prepared = memory + ends.bytes;
+  s.totals = reinterpret_cast<uint32_t*>(memory + ends.prepared);
+  s.y = reinterpret_cast<float*>(memory + ends.totals);
+  s.rows = padded_rows < kRowChunk ? padded_rows : kRowChunk;
   return s;
 }
 
@@ -255,9 +264,10 @@ static void multiply_group(const BitsLinearParams& p, const Activations& x, cons
     Run run{};
     run.units = (run_end - t) * kUnits;
     for (int o = 0; o < count; ++o) {
-      run.weights[o] = decode_tiles(p.w, row_tile + o, t, run_end, ahead, s.bytes + o * kRunBytes<Engine>);
+      run.weights[o] =
+          decode_tiles(p.w, row_tile + o, t, run_end, ahead, s.bytes + o * run_bytes<Engine>(order));
       if (prepare) {
-        uint8_t* to = s.prepared + o * Engine::kSteps * kRunBytes<Engine>;
+        uint8_t* to = s.prepared + o * Engine::kSteps * run_bytes<Engine>(order);
         prepare_units(engine, run.weights[o], run.units, to);
         run.weights[o] = to;
       }
@@ -322,7 +332,7 @@ template <class Engine, Order order>
 static void linear_in_order(const BitsLinearParams& p, const Activations& x) {
   constexpr int kStep = step_tiles(order);
   const Engine engine(p.w);
-  share_row_tiles(p, kStep, x, scratch_bytes<Engine>(x.padded_rows),
+  share_row_tiles(p, kStep, x, scratch_ends<Engine>(x.padded_rows).y,
                   [&](int64_t begin, int64_t end, uint8_t* mine) {
                     const Scratch s = scratch_of<Engine>(mine, x.padded_rows);
                     for (int64_t row_tile = begin; row_tile < end; row_tile += kStep) {
@@ -344,7 +354,7 @@ static void linear_by_blocks(const BitsLinearParams& p, const Activations& x) {
 // Bytes that the workers need beside the activations.
 template <class Engine>
 static int64_t blocks_scratch(const BitsLinearParams& p, int64_t padded_rows) {
-  return workers(p, step_tiles(order_of(padded_rows))) * scratch_bytes<Engine>(padded_rows);
+  return workers(p, step_tiles(order_of(padded_rows))) * scratch_ends<Engine>(padded_rows).y;
 }
 
 }  // namespace tranche::cpu::TRANCHE_ISA

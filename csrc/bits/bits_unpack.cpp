@@ -42,7 +42,8 @@ Tensor bits_dequantize(const Tensor& data, const Tensor& scale, int64_t out_feat
   params.groups = check_scale(check, scale, params.w, data);
   const bool supported =
       dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
-  check.that(supported, "dtype Float or Half or BFloat16", dtype_text(dtype), "Convert the result.");
+  check.that(supported, "dtype torch.float32 or torch.float16 or torch.bfloat16", dtype_text(dtype),
+             "Convert the result.");
   Tensor out = empty_on(data, {out_features, in_features}, dtype);
   if (out.numel() == 0) return out;
   params.scale = tranche::data<float>(scale);

@@ -51,7 +51,31 @@ struct ShapeText {
 
 inline ShapeText shape_text(const Tensor& tensor) { return {tensor}; }
 
-inline const char* dtype_text(ScalarType type) { return torch::headeronly::toString(type); }
+// A dtype as one writes it in Python.
+inline const char* dtype_text(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return "torch.float64";
+    case ScalarType::Float:
+      return "torch.float32";
+    case ScalarType::Half:
+      return "torch.float16";
+    case ScalarType::BFloat16:
+      return "torch.bfloat16";
+    case ScalarType::Float8_e4m3fn:
+      return "torch.float8_e4m3fn";
+    case ScalarType::Long:
+      return "torch.int64";
+    case ScalarType::Int:
+      return "torch.int32";
+    case ScalarType::Char:
+      return "torch.int8";
+    case ScalarType::Byte:
+      return "torch.uint8";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
 
 inline DType dtype_of_tensor(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -95,10 +119,10 @@ class TensorChecks : public Checks {
     for (ScalarType type : allowed) {
       if (tensor.scalar_type() == type) return;
     }
-    std::ostringstream names;
-    for (ScalarType type : allowed) names << (type == *allowed.begin() ? "" : " or ") << dtype_text(type);
-    that(false, concat(name, " of dtype ", names.str()), dtype_text(tensor.scalar_type()),
-         concat("Convert it with ", name, ".to(...)."));
+    std::string names;
+    for (ScalarType type : allowed) names += std::string(names.empty() ? "" : " or ") + dtype_text(type);
+    that(false, concat(name, " of dtype ", names), dtype_text(tensor.scalar_type()),
+         concat("Convert it with ", name, ".to(", dtype_text(*allowed.begin()), ")."));
   }
 
   void dim(Phrase name, const Tensor& tensor, int64_t dims, const char* shape) const {

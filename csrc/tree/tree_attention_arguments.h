@@ -55,7 +55,8 @@ inline void check_caches(const TensorChecks& check, const TreeAttentionArguments
   check.same_sizes("v_cache", a.v_cache, "k_cache", a.k_cache, 4, "Both caches have one shape.");
   check.that(a.heads_kv() > 0 && a.heads_q() % a.heads_kv() == 0,
              concat("q.size(2) a multiple of k_cache.size(2) (", a.heads_kv(), ")"), a.heads_q(),
-             "Each key/value head serves a whole number of query heads.");
+             "Each key/value head serves a whole number of query heads. Caches are [B, S, Hkv, D], or "
+             "[pages, page_size, Hkv, D]: transpose(1, 2) those of transformers.");
   if (a.block_table) {
     const Tensor& table = *a.block_table;
     check.dim("block_table", table, 2, "[B, max_pages]");

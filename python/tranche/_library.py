@@ -122,7 +122,7 @@ def _register_inplace(namespace: str, op: str, overload: Any, names: list[str], 
                         f"tranche.{op}: expected tensors that do not require grad, got {name} that does. The op "
                         "writes in place and has no backward; call it under torch.no_grad(), or detach."
                     )
-        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+        return inplace(keyset, *args, **kwargs)
 
     library = torch.library.Library(namespace, "IMPL")
     library.impl(op, inplace, "ADInplaceOrView", with_keyset=True)

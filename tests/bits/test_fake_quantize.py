@@ -185,7 +185,10 @@ def test_refused(backend):
             lambda: bits.fake_quantize(w, scale[:2], 4),
             r"expected scale.size\(0\) == w.size\(0\) \(3\), got 2",
         ),
-        (lambda: bits.fake_quantize(w, scale.double(), 4), "expected scale of dtype Float, got Double"),
+        (
+            lambda: bits.fake_quantize(w, scale.double(), 4),
+            "expected scale of dtype torch.float32, got torch.float64",
+        ),
         (lambda: bits.fake_quantize(w.int(), scale, 4), "expected w of dtype"),
         (lambda: bits.fake_quantize(w, torch.ones(3, 3), 4), r"expected scale.size\(1\) that divides"),
         (lambda: bits.fake_quantize_activations(w, scale, 4), "expected scale of one element"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -63,3 +64,26 @@ def test_the_source_archive_has_all_that_the_build_reads(tmp_path):
     with tarfile.open(archive) as tar:
         got = {name.partition("/")[2] for name in tar.getnames()}
     assert wanted | {"setup.py", "CMakeLists.txt", "pyproject.toml"} <= got
+
+
+def test_a_build_goes_on_with_another_ninja(tmp_path):
+    """Every isolated build of pip has a ninja of its own, which is gone when the next one comes."""
+    build = tmp_path / "project" / "build" / f"cmake-{sys.implementation.cache_tag}"
+    build.mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "project")
+    (tmp_path / "project" / "python" / "tranche").mkdir(parents=True)
+    # a project that only configures: what is asked of CMake is setup.py's
+    (tmp_path / "project" / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.24)\nproject(nothing LANGUAGES NONE)\n"
+    )
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        ninja = tmp_path / folder / "ninja"
+        ninja.symlink_to(Path(shutil.which("ninja") or "").resolve())
+        environment = os.environ | {"PATH": f"{tmp_path / folder}{os.pathsep}{os.environ['PATH']}"}
+        subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+            cwd=tmp_path / "project", env=environment, capture_output=True, check=True,
+        )  # fmt: skip
+        ninja.unlink()

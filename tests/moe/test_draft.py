@@ -167,7 +167,13 @@ def test_bad_input(backend):
     expect("Call draft_moe_star", x, router, *weights, variant="star")
     expect("expected top_k >= 2 with contrast", x, router, *weights, variant="topk", top_k=1, contrast=True)
     expect(r"expected residual\.size\(0\) == x\.size\(0\) \(5\), got 4", x, router, *weights, residual=x[:4])
-    expect("expected residual of dtype Float, got Double", x, router, *weights, residual=x.double())
+    expect(
+        "expected residual of dtype torch.float32, got torch.float64",
+        x,
+        router,
+        *weights,
+        residual=x.double(),
+    )
     with pytest.raises(ValueError, match=r"expected router\.size\(0\) == 2 \(2\), got 4"):
         draft_moe_star(x, router, *weights[1:])
 

@@ -257,9 +257,13 @@ def test_write_bad_input_by_name(backend):
     ones = torch.ones(2, device=backend.device)
     wrong = [
         ((k[0], v, k_cache, v_cache), {}, r"k of shape \[B, N, Hkv, D\], got \[7, 2, 32\]"),
-        ((k, v.half(), k_cache, v_cache), {}, "v of dtype Float, got Half"),
+        ((k, v.half(), k_cache, v_cache), {}, "v of dtype torch.float32, got torch.float16"),
         ((k, v[:, :5], k_cache, v_cache), {}, r"v\.size\(1\) == k\.size\(1\) \(7\), got 5"),
-        ((k, v, k_cache.half(), v_cache), {}, "k_cache of dtype Float or Float8_e4m3fn, got Half"),
+        (
+            (k, v, k_cache.half(), v_cache),
+            {},
+            "k_cache of dtype torch.float32 or torch.float8_e4m3fn, got torch.float16",
+        ),
         ((k, v, k_cache, v_cache[:, :9]), {}, r"v_cache\.size\(1\) == k_cache\.size\(1\)"),
         (
             (k, v, k_cache[:, :, :1], v_cache[:, :, :1]),
@@ -269,8 +273,12 @@ def test_write_bad_input_by_name(backend):
         ((k, v, k_cache[:2], v_cache[:2]), {}, r"k_cache\.size\(0\) == k\.size\(0\) \(3\), got 2"),
         ((k, v, k_cache, v_cache), {"rope": (cos, None)}, "expected cos and sin, or neither"),
         ((k, v, k_cache, v_cache), {"rope": (cos[:, :5], sin)}, r"cos\.size\(1\) in \{32, 16\}, got 5"),
-        ((k, v, k_cache, v_cache), {"rope": (cos.half(), sin)}, "cos of dtype Float, got Half"),
-        ((k, v, k_cache, v_cache), {"k_scale": ones}, "no k_scale for caches of dtype Float"),
+        (
+            (k, v, k_cache, v_cache),
+            {"rope": (cos.half(), sin)},
+            "cos of dtype torch.float32, got torch.float16",
+        ),
+        ((k, v, k_cache, v_cache), {"k_scale": ones}, "no k_scale for caches of dtype torch.float32"),
     ]
     for arguments, options, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -463,10 +471,10 @@ def test_compact_bad_input_by_name(backend):
         ([], accepted, "expected at least one cache, got none"),
         ([cache[0]], accepted, r"caches\[0\] of shape \[B, S, Hkv, D\], got \[9, 2, 8\]"),
         ([cache, cache[:, :8]], accepted, r"caches\[1\]\.size\(1\) == caches\[0\]\.size\(1\) \(9\), got 8"),
-        ([cache.int()], accepted, r"caches\[0\] of dtype Float or .*got Int"),
+        ([cache.int()], accepted, r"caches\[0\] of dtype torch.float32 or .*got torch.int32"),
         ([cache.mT.contiguous().mT], accepted, r"expected caches\[0\]\.stride\(-1\) == 1"),
         ([cache[:1]], accepted, r"caches\[0\]\.size\(0\) == path\.size\(0\) \(2\), got 1"),
-        ([cache], Accepted(path.long(), length, token), "path of dtype Int, got Long"),
+        ([cache], Accepted(path.long(), length, token), "path of dtype torch.int32, got torch.int64"),
         ([cache], Accepted(path, length[:1], token), r"length of shape \[B\] = \[2\], got \[1\]"),
         (nine, accepted, "at most 8 different strides"),
     ]

@@ -175,9 +175,14 @@ def test_expand_beam_bad_input_by_name(backend):
     logprobs, scores = (t.to(backend.device) for t in draw(2, 3, 9))
     wrong = [
         (logprobs[0], scores, 2, r"logprobs of shape \[B, K, V\], got \[3, 9\]"),
-        (logprobs.int(), scores, 2, "logprobs of dtype Float or Half or BFloat16.*got Int"),
+        (
+            logprobs.int(),
+            scores,
+            2,
+            "logprobs of dtype torch.float32 or torch.float16 or torch.bfloat16.*got torch.int32",
+        ),
         (logprobs.mT.contiguous().mT, scores, 2, r"expected logprobs\.stride\(-1\) == 1"),
-        (logprobs, scores.half(), 2, "beam_scores of dtype Float, got Half"),
+        (logprobs, scores.half(), 2, "beam_scores of dtype torch.float32, got torch.float16"),
         (logprobs, scores[:, :2], 2, r"beam_scores of shape \[B, K\] = \[2, 3\], got \[2, 2\]"),
         (logprobs, scores, 10, r"expected k <= logprobs\.size\(2\) \(9\), got 10"),
         (logprobs, scores, -1, r"expected k in \[0, 128\], got -1"),
@@ -312,8 +317,8 @@ def test_select_tree_bad_input_by_name(backend):
     scores, parents, tokens, roots = on(backend.device, random_pool(2, 6))
     wrong = [
         (scores[0], parents, tokens, roots, 4, r"scores of shape \[B, C\], got \[6\]"),
-        (scores.half(), parents, tokens, roots, 4, "scores of dtype Float.*got Half"),
-        (scores, parents.long(), tokens, roots, 4, "parents of dtype Int, got Long"),
+        (scores.half(), parents, tokens, roots, 4, "scores of dtype torch.float32.*got torch.float16"),
+        (scores, parents.long(), tokens, roots, 4, "parents of dtype torch.int32, got torch.int64"),
         (scores, parents, tokens[:, :5], roots, 4, r"tokens of shape \[B, C\] = \[2, 6\], got \[2, 5\]"),
         (scores, parents, tokens, roots[:1], 4, r"root_tokens of shape \[B\] = \[2\], got \[1\]"),
         (scores, parents, tokens, roots, 0, r"expected n_nodes >= 1, got 0"),

@@ -172,11 +172,13 @@ def test_bad_arguments(backend):
             merge_state(*arguments)
 
     expect(r"out_a of shape \[B, N, Hq, D\]", out_a[0], lse_a, out_b, lse_b)
-    expect("out_a of dtype Float or Half or BFloat16", out_a.int(), lse_a, out_b, lse_b)
-    expect("out_b of dtype Float, got Half", out_a, lse_a, out_b.half(), lse_b)
+    expect(
+        "out_a of dtype torch.float32 or torch.float16 or torch.bfloat16", out_a.int(), lse_a, out_b, lse_b
+    )
+    expect("out_b of dtype torch.float32, got torch.float16", out_a, lse_a, out_b.half(), lse_b)
     expect(r"out_b\.size\(1\) == out_a\.size\(1\) \(5\), got 4", out_a, lse_a, out_b[:, :4], lse_b)
     expect(r"lse_a of shape \[B, N, Hq\] = \[2, 5, 3\]", out_a, lse_a[:1], out_b, lse_b)
-    expect("lse_b of dtype Float, got Double", out_a, lse_a, out_b, lse_b.double())
+    expect("lse_b of dtype torch.float32, got torch.float64", out_a, lse_a, out_b, lse_b.double())
     expect(
         r"out_a\.stride\(-1\) == 1", out_a.transpose(2, 3).contiguous().transpose(2, 3), lse_a, out_b, lse_b
     )

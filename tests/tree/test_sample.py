@@ -296,22 +296,34 @@ def test_bad_input_by_name(backend):
     logits = torch.zeros(2, 5, device=backend.device)
     good = {"temperature": 1.0, "seed": 0, "position": 0}
     wrong = [
-        (logits.double(), {}, "logits of dtype Float or Half or BFloat16, got Double"),
+        (
+            logits.double(),
+            {},
+            "logits of dtype torch.float32 or torch.float16 or torch.bfloat16, got torch.float64",
+        ),
         (logits[0], {}, r"logits of shape \[B, V\], got \[5\]"),
         (logits.T.contiguous().T, {}, r"logits\.stride\(-1\) == 1"),
         (logits[:, :0], {}, r"logits\.size\(-1\) in \[1, 16777216\], got 0"),
         (
             logits,
             {"temperature": torch.ones(2, device=backend.device).double()},
-            "temperature of dtype Float, got Double",
+            "temperature of dtype torch.float32, got torch.float64",
         ),
-        (logits, {"top_k": torch.ones(2, device=backend.device)}, "top_k of dtype Int, got Float"),
+        (
+            logits,
+            {"top_k": torch.ones(2, device=backend.device)},
+            "top_k of dtype torch.int32, got torch.float32",
+        ),
         (
             logits,
             {"seed": torch.ones(3, device=backend.device).long()},
             r"seed of shape \[B\] = \[2\], got \[3\]",
         ),
-        (logits, {"position": torch.ones(2, device=backend.device).int()}, "position of dtype Long, got Int"),
+        (
+            logits,
+            {"position": torch.ones(2, device=backend.device).int()},
+            "position of dtype torch.int64, got torch.int32",
+        ),
     ]
     for rows, options, message in wrong:
         with pytest.raises(ValueError, match=message):

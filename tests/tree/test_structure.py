@@ -130,9 +130,9 @@ def test_bad_input_by_name(backend):
     parents = random_parents(2, 3).to(backend.device)
     counts = as_counts(3, 3, device=backend.device)
     wrong = [
-        (parents.long(), counts, "parent of dtype Int, got Long"),
+        (parents.long(), counts, "parent of dtype torch.int32, got torch.int64"),
         (parents[0], counts, r"parent of shape \[B, N\], got \[3\]"),
-        (parents, counts.long(), "n_nodes of dtype Int, got Long"),
+        (parents, counts.long(), "n_nodes of dtype torch.int32, got torch.int64"),
         (parents, counts[:1], r"n_nodes of shape \[B\] = \[2\], got \[1\]"),
         (parents.T.contiguous().T, counts, r"expected parent\.stride\(-1\) == 1, got 2"),
         (torch.zeros(1, 1025, dtype=torch.int32, device=backend.device), counts[:1], "at most 1024 nodes"),

@@ -427,11 +427,15 @@ def test_bad_arguments_of_the_raw_op(backend):
         with pytest.raises(ValueError, match=r"tranche\.tree_attention_backward: expected " + message):
             op(grad_out, grad_lse, case.q, k, v, result, logs, *rest)
 
-    expect("grad_out of dtype Float, got Double", grad_out=out.double())
+    expect("grad_out of dtype torch.float32, got torch.float64", grad_out=out.double())
     expect(r"grad_out of shape \[B, N, Hq, D\]", grad_out=out[:1])
     expect("a contiguous grad_out", grad_out=out.transpose(0, 1).contiguous().transpose(0, 1))
     expect(r"lse of shape \[B, N, Hq\]", logs=lse[..., 0])
     expect(r"grad_lse of shape \[B, N, Hq\]", grad_lse=lse[..., 0])
-    expect("out of dtype Float", result=out.half())
+    expect("out of dtype torch.float32", result=out.half())
     fp8 = torch.float8_e4m3fn
-    expect("caches of dtype Float, got Float8_e4m3fn. Gradients need", k=case.k.to(fp8), v=case.v.to(fp8))
+    expect(
+        "caches of dtype torch.float32, got torch.float8_e4m3fn. Gradients need",
+        k=case.k.to(fp8),
+        v=case.v.to(fp8),
+    )

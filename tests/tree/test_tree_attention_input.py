@@ -22,15 +22,17 @@ def test_dtypes(backend, case):
     case.q = case.q.int()
     expect(
         case,
-        r"tranche\.tree_attention: expected q of dtype Float or Half or BFloat16.*got Int\. Convert it with",
+        r"tranche\.tree_attention: expected q of dtype torch.float32 or .*got torch.int32\. Convert it with",
     )
     case.q = case.q.to(torch.bfloat16)
-    expect(case, "expected k_cache of dtype BFloat16 or Float8_e4m3fn, got Float")
+    expect(case, "expected k_cache of dtype torch.bfloat16 or torch.float8_e4m3fn, got torch.float32")
     case.k = case.k.to(torch.bfloat16)
-    expect(case, "expected v_cache of dtype BFloat16, got Float")
+    expect(case, "expected v_cache of dtype torch.bfloat16, got torch.float32")
     if backend.name != "cpu":
         case.q, case.k, case.v = case.q.double(), case.k.double(), case.v.double()
-        expect(case, "expected q of dtype Float or Half or BFloat16, got Double")
+        expect(
+            case, "expected q of dtype torch.float32 or torch.float16 or torch.bfloat16, got torch.float64"
+        )
 
 
 def test_shapes(case):
@@ -55,7 +57,7 @@ def test_shapes(case):
 
 def test_index_tensors(case):
     case.seqlens = case.seqlens.long()
-    expect(case, "expected cache_seqlens of dtype Int, got Long")
+    expect(case, "expected cache_seqlens of dtype torch.int32, got torch.int64")
     case.seqlens = case.seqlens.int()[:1]
     expect(case, r"expected cache_seqlens of shape \[B\] = \[2\], got \[1\]")
 
@@ -89,8 +91,8 @@ def test_numbers(case):
 def test_sinks_and_scales(case):
     ones = torch.ones(4, device=case.q.device)
     expect(case, r"expected sinks of shape \[Hq\] = \[4\], got \[3\]", sinks=ones[:3])
-    expect(case, "expected sinks of dtype Float, got Double", sinks=ones.double())
-    expect(case, "expected no k_scale for caches of dtype Float", k_scale=ones[:2])
+    expect(case, "expected sinks of dtype torch.float32, got torch.float64", sinks=ones.double())
+    expect(case, "expected no k_scale for caches of dtype torch.float32", k_scale=ones[:2])
     case.k, case.v = case.k.to(torch.float8_e4m3fn), case.v.to(torch.float8_e4m3fn)
     expect(case, r"expected v_scale of shape \[Hkv\] = \[2\], got \[4\]", v_scale=ones)
 
@@ -129,7 +131,7 @@ def test_block_tables(backend):
     case.k, case.v = case.k.nan_to_num(0), case.v.nan_to_num(0)
     table = case.options["block_table"]
     case.options["block_table"] = table.long()
-    expect(case, "expected block_table of dtype Int, got Long")
+    expect(case, "expected block_table of dtype torch.int32, got torch.int64")
     case.options["block_table"] = table[:1]
     expect(case, r"expected block_table\.size\(0\) == q\.size\(0\) \(2\), got 1")
     case.options["block_table"] = table[0]

@@ -63,7 +63,7 @@ def test_bad_out(backend):
             case.run(out=out)
 
     good = torch.empty_like(case.q)
-    expect("out of dtype Float, got Half. Convert", good.half())
+    expect("out of dtype torch.float32, got torch.float16. Convert", good.half())
     expect(r"out of shape \[B, N, Hq, D\], got \[4, 4, 64\]", good[0])
     expect(r"out\.size\(1\) == q\.size\(1\) \(4\), got 3\. Allocate it with torch\.empty_like", good[:, :3])
     expect(r"out\.stride\(-1\) == 1, got 4", good.transpose(2, 3).contiguous().transpose(2, 3))

@@ -366,9 +366,9 @@ def test_bad_input_by_name(backend):
     wrong = [
         (
             lambda: verify_greedy(tokens.int(), tree, target),
-            "tree_verify_greedy: expected tokens of dtype Long, got Int",
+            "tree_verify_greedy: expected tokens of dtype torch.int64, got torch.int32",
         ),
-        (lambda: verify_greedy(tokens, tree, target.int()), "target of dtype Long, got Int"),
+        (lambda: verify_greedy(tokens, tree, target.int()), "target of dtype torch.int64, got torch.int32"),
         (lambda: verify_greedy(tokens, tree, target[0]), r"target of shape \[B, N\], got \[4\]"),
         (lambda: verify_greedy(tokens, short, target), r"parent of shape \[B, N\] = \[2, 4\], got \[2, 3\]"),
         (
@@ -381,7 +381,7 @@ def test_bad_input_by_name(backend):
         ),
         (
             lambda: verify_sample(tokens, tree, logits.double(), **sampling),
-            "logits of dtype Float or Half or BFloat16",
+            "logits of dtype torch.float32 or torch.float16 or torch.bfloat16",
         ),
         (
             lambda: verify_sample(tokens[:, :3], tree, logits, **sampling),
@@ -393,7 +393,7 @@ def test_bad_input_by_name(backend):
         ),
         (
             lambda: verify_typical(tokens, tree, logits.double(), **typical),
-            "logits of dtype Float or Half or BFloat16",
+            "logits of dtype torch.float32 or torch.float16 or torch.bfloat16",
         ),
         (
             lambda: verify_typical(tokens, tree, logits, **typical, temperature=0.0),
