@@ -93,6 +93,7 @@ def main() -> int:
     parser.add_argument(
         "--check", action="store_true", help="tell whether this install works, or what would mend it"
     )
+    parser.add_argument("--version", action="version", version=f"tranche {tranche.__version__}")
     arguments = parser.parse_args()
     console = Console()
     if arguments.check:

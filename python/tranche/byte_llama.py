@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from tranche import corpus
+from tranche._extras import needed
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -44,7 +45,8 @@ class Recipe:
 
 def build(recipe: Recipe) -> LlamaForCausalLM:
     """The model of a recipe, with fresh weights, fp32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    with needed("tranche.byte_llama", "transformers"):
+        from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(recipe.seed)
     return LlamaForCausalLM(
@@ -76,8 +78,12 @@ def load_or_train(
 
     Returns:
         The model in fp32 and eval mode.
+
+    Raises:
+        ImportError: transformers is not installed.
     """
-    from transformers import LlamaForCausalLM
+    with needed("tranche.byte_llama", "transformers"):
+        from transformers import LlamaForCausalLM
 
     recipe = recipe or Recipe()
     home = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tranche")
@@ -121,7 +127,8 @@ def _train(model: LlamaForCausalLM, text: Tensor, recipe: Recipe, progress: bool
                 loss = model(input_ids=window, labels=window, use_cache=False).loss
             if not torch.isfinite(loss):
                 raise FloatingPointError(
-                    f"tranche.byte_llama: the loss became {loss.item()}. Lower the recipe's learning rate."
+                    f"tranche.byte_llama.load_or_train: the loss became {loss.item()}. "
+                    "Lower the recipe's learning rate."
                 )
             optimizer.zero_grad()
             loss.backward()

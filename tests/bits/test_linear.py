@@ -207,6 +207,26 @@ def test_every_instruction_set_gives_the_same_integers():
 # ---- bad input --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [
+        ("linear", lambda x, weight, scale: bits.linear(x, weight, scale, 4)),
+        ("linear", lambda x, weight, scale: bits.linear(x.requires_grad_(), weight, scale, 4)),
+        ("int_linear", lambda x, weight, scale: bits.int_linear(x.to(torch.int8), weight, 4)),
+        ("dequantize", lambda x, weight, scale: bits.dequantize(weight, scale, 4)),
+        ("unpack", lambda x, weight, scale: bits.unpack(weight, 4)),
+        ("materialize", lambda x, weight, scale: bits.materialize(weight, 4)),
+    ],
+)
+def test_codes_in_place_of_a_packed_weight(function, call):
+    codes, scale = bits.quantize(torch.randn(18, 64))
+    message = (
+        rf"^tranche\.bits\.{function}: expected a PackedWeight, got a Tensor\. Use bits\.pack\(codes\)\.$"
+    )
+    with pytest.raises(TypeError, match=message):
+        call(torch.randn(2, 64), codes, scale)
+
+
 def test_bad_input(backend):
     packed, scale = make_weight(18, 64, device=backend.device)
     x = torch.randn(2, 64, device=backend.device)

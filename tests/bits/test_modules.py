@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import threading
 
 import pytest
@@ -90,8 +91,52 @@ def test_convert_and_skip():
     assert converted(convert(Model(), skip=("blocks.0.up",))) == ["first", *inner[1:], "last"]
     with pytest.raises(ValueError, match="expected names of modules in skip, got 'nothing'"):
         convert(Model(), skip=("nothing",))
-    with pytest.raises(ValueError, match="got a single layer"):
-        convert(nn.Linear(3, 3), skip=())
+
+
+@pytest.mark.parametrize(
+    ("model", "skip", "message"),
+    [
+        (nn.Linear(3, 3), (), r"got a single layer\. Use BitSwitchLinear\.from_float\."),
+        (nn.Linear(3, 3), ("first", "last"), r"got a single layer\. Use BitSwitchLinear\.from_float\."),
+        (nn.Conv2d(3, 3, 1), (), r"got a single layer\. Use BitSwitchConv2d\.from_float\."),
+        (
+            nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)),
+            ("first", "last"),
+            r"at least one layer to convert, got none: skip leaves out '0', '2'\. Pass skip=\(\)\.",
+        ),
+        (nn.Sequential(nn.ReLU()), (), "got none: Sequential holds no Linear, and no Conv2d without groups"),
+    ],
+)
+def test_nothing_to_convert(model, skip, message):
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=r"^tranche\.bits\.convert: expected .*" + message):
+        convert(model, skip=skip)
+    assert kinds == [type(module) for module in model.modules()]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: BitSwitchLinear(64, 32),
+            "BitSwitchLinear: expected codes int8 [O, I] and scale as tensors, got int and int. "
+            "Use BitSwitchLinear.from_float(nn.Linear(64, 32)).",
+        ),
+        (lambda: BitSwitchConv2d(3, 8, 3), "BitSwitchConv2d: expected codes int8"),
+        (
+            lambda: BitSwitchLinear.from_float(nn.Conv2d(3, 3, 1)),
+            "BitSwitchLinear.from_float: expected a module nn.Linear, got Conv2d. Use BitSwitchConv2d.from_float.",
+        ),
+        (
+            lambda: BitSwitchConv2d.from_float(nn.Linear(3, 3)),
+            "BitSwitchConv2d.from_float: expected a module nn.Conv2d, got Linear. Use BitSwitchLinear.from_float.",
+        ),
+        (lambda: BitSwitchLinear.from_float(nn.ReLU()), "got ReLU. Leave this module as it is."),
+    ],
+)
+def test_made_of_something_else(make, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        make()
 
 
 def test_set_bits():
@@ -100,11 +145,16 @@ def test_set_bits():
     assert {m.bits for m in model.modules() if isinstance(m, BitSwitchLinear)} == {4}
     set_bits(model, {"blocks": 6, "blocks.1": 3, "blocks.1.up": 2})
     assert [model.blocks[0].up.bits, model.blocks[1].down.bits, model.blocks[1].up.bits] == [6, 3, 2]
-    for wrong in (1, {"blocks": 9}):
+    for wrong in (1, 3.5, 4.0, "4", None, {"blocks": 9}):
         with pytest.raises(ValueError, match="expected bits in"):
             set_bits(model, wrong)
     with pytest.raises(ValueError, match="expected prefixes of bit-switching modules"):
         set_bits(model, {"block": 4})
+    for switch in (set_bits, lambda *given: at_bits(*given).__enter__()):
+        with pytest.raises(
+            ValueError, match=r"expected a model with bit-switching layers, got Model without\. Convert"
+        ):
+            switch(Model(), 4)
 
 
 def test_at_bits_nests_and_ends():

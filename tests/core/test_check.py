@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tranche import _library, check
+import tranche
+from tranche import __main__, _library, check
 
 RUN = "import runpy, sys; sys.argv = ['-m', '--check']; runpy.run_module('tranche', run_name='__main__')"
 
@@ -131,3 +132,11 @@ def test_an_op_that_fails(monkeypatch):
     monkeypatch.setattr(torch.ops.tranche, "tree_ancestors", broken)
     (finding,) = [finding for finding in check.findings() if finding.remedy]
     assert "no kernel image" in finding.seen
+
+
+def test_the_version(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tranche", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert not ended.value.code
+    assert capsys.readouterr().out == f"tranche {tranche.__version__}\n"

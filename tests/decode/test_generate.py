@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from tests.decode.cases import Scripted, drafters, exact_model, ragged_prompts, tiny_model
 from tranche.bits import BitSwitchLinear
-from tranche.decode import Drafter, LayerSkipDrafter, generate
+from tranche.decode import Drafter, LayerSkipDrafter, NgramDrafter, generate
 from tranche.tree import Tree
 
 NEW = 30
@@ -232,6 +241,57 @@ def test_bad_input(model, change, message):
     tokens = arguments.pop("input_ids")
     with pytest.raises(ValueError, match=message):
         generate(model, drafters()["ngram"], tokens, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("gpt2", r"rotary attention .*\(Llama, Mistral, Qwen2, Qwen3\), got GPT2LMHeadModel\."),
+        ("bert", r"rotary attention .*got BertForMaskedLM\."),
+        (
+            "t5",
+            r"with output embeddings, got T5ForConditionalGeneration\. Load it with AutoModelForCausalLM\.",
+        ),
+        ("headless", r"with output embeddings, got LlamaModel\. Load it with AutoModelForCausalLM\."),
+    ],
+)
+def test_unfit_models(kind, message):
+    made = {
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)),
+        "bert": lambda: BertForMaskedLM(
+            BertConfig(
+                vocab_size=64,
+                hidden_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=32,
+            )
+        ),
+        "t5": lambda: T5ForConditionalGeneration(
+            T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+        ),
+        "headless": lambda: tiny_model().model,
+    }[kind]()
+    with pytest.raises(ValueError, match="tranche.generate: expected a .*" + message):
+        generate(made, None, torch.ones(1, 3, dtype=torch.int64), max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model": torch.nn.Linear(3, 3)},
+            "expected a causal language model of transformers, got Linear. Load one",
+        ),
+        ({"drafter": "ngram"}, "expected a drafter object or None, got 'ngram'. Use NgramDrafter()."),
+        ({"drafter": NgramDrafter}, "got <class 'tranche.decode.ngram.NgramDrafter'>. Use NgramDrafter()."),
+        ({"input_ids": [1, 2]}, "expected input_ids int64 of shape [B, T], got a list. Give a tensor: "),
+    ],
+)
+def test_arguments_of_another_kind(model, change, message):
+    arguments = {"model": model, "drafter": None, "input_ids": torch.ones(1, 3, dtype=torch.int64)} | change
+    with pytest.raises(TypeError, match=re.escape(message)):
+        generate(**arguments, max_new_tokens=2)
 
 
 def test_unfit_drafters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -29,6 +30,39 @@ def test_jakiro_has_the_published_keys():
         RuntimeError, match=r"(?s)Missing.*experts\.0\.up_proj.*Unexpected.*experts\.7\.up_proj"
     ):
         other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "foo"}, "expected variant 'jakiro' or 'topk', got 'foo'. Name one of these."),
+        ({"variant": "star"}, "expected variant 'jakiro' or 'topk', got 'star'."),
+        (
+            {"num_experts": 4},
+            "expected num_experts == 2 and top_k == 2 for variant 'jakiro', got 4 and 2. Other",
+        ),
+        ({"top_k": 1}, "expected num_experts == 2 and top_k == 2 for variant 'jakiro', got 2 and 1."),
+        ({"variant": "topk", "top_k": 3}, "expected 1 <= top_k <= num_experts"),
+        ({"variant": "topk", "num_experts": 0, "top_k": 0}, "expected 1 <= top_k <= num_experts"),
+        ({"variant": "topk", "num_experts": 1025}, "got top_k 2 and num_experts 1025."),
+    ],
+)
+def test_jakiro_refuses_what_it_could_not_run(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        JakiroMoE(16, 24, **options)
+    assert str(caught.value).startswith("tranche.JakiroMoE: expected ")
+
+
+def test_jakiro_says_what_x_it_takes():
+    head = JakiroMoE(64, 32)
+    for x, got in ((torch.zeros(3, 32), "32"), (torch.zeros(()), "a scalar")):
+        message = (
+            f"tranche.JakiroMoE: expected x.size(-1) == H (64), got {got}. It is the head's hidden_size."
+        )
+        with pytest.raises(ValueError, match=re.escape(message)):
+            head(x)
+    with pytest.raises(ValueError, match=r"expected residual of x's shape \[3, 64\], got \[2, 64\]"):
+        head(torch.zeros(3, 64), torch.zeros(2, 64))
 
 
 def test_jakiro_runs(backend):

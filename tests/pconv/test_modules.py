@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -71,3 +73,8 @@ def test_bad_arguments():
         PartialConv(4, n_div=5)
     with pytest.raises(ValueError, match="odd kernel_size"):
         PartialConv(8, kernel_size=2)
+    conv = PartialConv(64)
+    for channels in (8, 32, 128):
+        message = f"expected x of 64 channels, got {channels}. Make it with dim={channels}."
+        with pytest.raises(ValueError, match=re.escape(f"tranche.PartialConv: {message}")):
+            conv(torch.zeros(1, channels, 4, 4))

@@ -67,6 +67,13 @@ def test_a_tree_of_another_size(case):
     expect(case, r"expected ancestors of shape \[B, N, ceil\(N/64\)\] = \[2, 3, 1\], got \[2, 4, 1\]")
 
 
+@pytest.mark.parametrize(("tree", "kind"), [(None, "NoneType"), (torch.zeros(2, 4), "Tensor")])
+def test_no_tree(case, tree, kind):
+    case.tree = tree
+    message = rf"^tranche\.tree_attention: expected tree a tranche\.tree\.Tree, got {kind}\. Use Tree\.chain"
+    expect(case, message, TypeError)
+
+
 def test_strides(case):
     good_q, good_k = case.q, case.k
     case.q = good_q.transpose(2, 3).contiguous().transpose(2, 3)

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tranche import byte_llama, corpus
+from tranche._extras import MissingExtra, needed
 from tranche.bits import lm_demo, train_demo
 
 
@@ -59,7 +60,12 @@ def main() -> int:
             scale_rate=arguments.scale_rate,
             mean_bits=arguments.mean_bits,
         )
+        if arguments.plot:  # known before the training, not after it
+            with needed("tranche.bits train-demo --plot", "matplotlib"):
+                import matplotlib  # noqa: F401
         findings = train_demo.run(settings)
+    except MissingExtra as error:
+        raise SystemExit(str(error)) from None
     except FloatingPointError as error:
         console.print(f"[red]{error}")
         return 1

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from tranche._extras import needed
 from tranche.bits.fake_quantize import fake_quantize
 from tranche.bits.ops import quantize
 
@@ -94,7 +95,9 @@ def allocate_bits(
         ImportError: scipy is not installed.
     """
     import numpy
-    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    with needed("tranche.bits.allocate_bits", "scipy"):
+        from scipy.optimize import Bounds, LinearConstraint, milp
 
     if set(traces) != set(errors):
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,10 @@ class _BitSwitch(Switchable):
         bits: the precision, unless `at_bits` says otherwise.
         activation_bits: None, or 8 for integer activations.
         activations: None, or learned grids of activations at each precision, which stand in for activation_bits.
+        stands_for: the kind of floating-point module that `from_float` takes.
     """
 
+    stands_for: ClassVar[type[nn.Module]]
     data: Tensor
     scale: Tensor
     bias: Tensor | None
@@ -39,6 +41,13 @@ class _BitSwitch(Switchable):
         activations: LearnedActivations | None = None,
     ):
         super().__init__()
+        if not (isinstance(codes, Tensor) and isinstance(scale, Tensor)):
+            name, like = type(self).__name__, type(self).stands_for.__name__
+            given = f"{codes!r}, {scale!r}" if isinstance(codes, int) and isinstance(scale, int) else "..."
+            raise TypeError(
+                f"tranche.bits.{name}: expected codes int8 [O, I] and scale as tensors, got "
+                f"{type(codes).__name__} and {type(scale).__name__}. Use {name}.from_float(nn.{like}({given}))."
+            )
         packed = pack(codes)
         self.out_features, self.in_features = packed.out_features, packed.in_features
         self.layout = packed.layout
@@ -48,6 +57,17 @@ class _BitSwitch(Switchable):
         self.register_buffer("data", packed.data)
         self.register_buffer("scale", scale.float())
         self.register_buffer("bias", None if bias is None else bias.detach().float())
+
+    @classmethod
+    def _expect_float(cls, module: object) -> None:
+        if isinstance(module, cls.stands_for):
+            return
+        others = [kind for kind in (BitSwitchLinear, BitSwitchConv2d) if isinstance(module, kind.stands_for)]
+        remedy = f"Use {others[0].__name__}.from_float." if others else "Leave this module as it is."
+        raise TypeError(
+            f"tranche.bits.{cls.__name__}.from_float: expected a module nn.{cls.stands_for.__name__}, got "
+            f"{type(module).__name__}. {remedy}"
+        )
 
     @property
     def packed(self) -> PackedWeight:
@@ -90,8 +110,8 @@ class _BitSwitch(Switchable):
         own = self.get_extra_state()
         if state != own:
             raise ValueError(
-                f"tranche.bits: expected packed data with {own}, got {state}. Unpack it with the version that packed "
-                "it, and pack its codes with this one."
+                f"tranche.bits.{type(self).__name__}: expected packed data with {own}, got {state}. "
+                "Unpack it with the version that packed it, and pack its codes with this one."
             )
 
     def extra_repr(self) -> str:
@@ -108,7 +128,24 @@ def _nan_of_rows(x: Tensor) -> Tensor:
 
 
 class BitSwitchLinear(_BitSwitch):
-    """`nn.Linear` over one stored weight: x [..., I] to [..., O] at `bits` bits."""
+    """`nn.Linear` over one stored weight: x [..., I] to [..., O] at `bits` bits.
+
+    `from_float` makes one of an `nn.Linear`; the constructor takes codes that are there already.
+
+    Args:
+        codes: int8 [O, I], as `quantize` makes them; packed here.
+        scale: float32 [O], or [O, I / group_size], as `quantize` makes it.
+        bias: [O], kept in float32.
+        bits: the precision to start with, 2 to 8.
+        activation_bits: None keeps inputs in floating point; 8 quantizes them by row and sums integers.
+        activations: learned grids of inputs at each precision, in place of activation_bits.
+
+    Raises:
+        TypeError: codes or scale that are no tensors.
+        ValueError: a wrong shape, dtype or number of bits.
+    """
+
+    stands_for = nn.Linear
 
     @classmethod
     def from_float(
@@ -119,7 +156,20 @@ class BitSwitchLinear(_BitSwitch):
         activation_bits: int | None = None,
         group_size: int | None = None,
     ) -> BitSwitchLinear:
-        """The module with its weight quantized to 8 bits."""
+        """The module with its weight quantized to 8 bits.
+
+        Args:
+            module: its weight is copied; it is not changed.
+            bits: the precision to start with, 2 to 8.
+            activation_bits: None keeps inputs in floating point; 8 quantizes them by row and sums integers.
+            group_size: inputs that share a scale, a multiple of 32 that divides I: finer scales, closer weights. One
+                scale for each output channel when left out.
+
+        Raises:
+            TypeError: not an `nn.Linear`.
+            ValueError: a wrong group size or number of bits.
+        """
+        cls._expect_float(module)
         codes, scale = quantize(module.weight.detach(), group_size=group_size)
         return cls(codes, scale, module.bias, bits=bits, activation_bits=activation_bits)
 
@@ -145,7 +195,25 @@ def conv_sizes(module: Any, x: Tensor) -> list[int]:
 
 
 class BitSwitchConv2d(_BitSwitch):
-    """`nn.Conv2d` without groups over one stored weight, as a product with unfolded patches."""
+    """`nn.Conv2d` without groups over one stored weight, as a product with unfolded patches.
+
+    `from_float` makes one of an `nn.Conv2d`. The constructor takes codes and scale as `BitSwitchLinear`'s does, an
+    input being a channel at a place of the kernel; it leaves kernel_size, stride, padding and dilation to the caller.
+
+    Args:
+        codes: int8 [O, C * kh * kw], the weight [O, C, kh, kw] flattened.
+        scale: float32 [O].
+        bias: [O], kept in float32.
+        bits: the precision to start with, 2 to 8.
+        activation_bits: None keeps inputs in floating point; 8 quantizes each patch and sums integers.
+        activations: learned grids of inputs at each precision, in place of activation_bits.
+
+    Raises:
+        TypeError: codes or scale that are no tensors.
+        ValueError: a wrong shape, dtype or number of bits.
+    """
+
+    stands_for = nn.Conv2d
 
     kernel_size: tuple[int, int]
     stride: tuple[int, int]
@@ -158,9 +226,16 @@ class BitSwitchConv2d(_BitSwitch):
     ) -> BitSwitchConv2d:
         """The module with its weight quantized to 8 bits, one scale for each output channel.
 
+        Args:
+            module: its weight is copied; it is not changed.
+            bits: the precision to start with, 2 to 8.
+            activation_bits: None keeps inputs in floating point; 8 quantizes each patch and sums integers.
+
         Raises:
-            ValueError: a grouped convolution, or padding that is not zeros of a given size.
+            TypeError: not an `nn.Conv2d`.
+            ValueError: a grouped convolution, padding that is not zeros of a given size, or a wrong number of bits.
         """
+        cls._expect_float(module)
         if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
             raise ValueError(
                 "tranche.bits.BitSwitchConv2d: expected groups == 1 and zero padding given in numbers, got "
@@ -235,19 +310,35 @@ def convert(
         activation_bits: None, or 8 for integer activations.
 
     Raises:
-        ValueError: a name in `skip` that no module has, or the model itself is a single layer.
+        ValueError: a name in `skip` that no module has, a model that is itself a single layer, or nothing to convert.
     """
+    if convertible(model):
+        kind: Any = BitSwitchConv2d if isinstance(model, nn.Conv2d) else BitSwitchLinear
+        raise ValueError(
+            "tranche.bits.convert: expected a model that holds layers, got a single layer. "
+            f"Use {kind.__name__}.from_float."
+        )
     skipped = skipped_names(model, skip)
-    for name in [name for name, module in model.named_modules() if convertible(module)]:
-        if name in skipped:
-            continue
-        if not name:
-            raise ValueError(
-                "tranche.bits.convert: expected a model that holds layers, got a single layer. "
-                "Use BitSwitchLinear.from_float."
+    layers = [name for name, module in model.named_modules() if convertible(module)]
+    chosen = [name for name in layers if name not in skipped]
+    if not chosen:
+        why, remedy = (
+            (
+                f"skip leaves out {', '.join(map(repr, layers[:4]))}{', ...' * (len(layers) > 4)}",
+                "Pass skip=().",
             )
+            if layers
+            else (
+                f"{type(model).__name__} holds no Linear, and no Conv2d without groups",
+                "Leave it as it is.",
+            )
+        )
+        raise ValueError(
+            f"tranche.bits.convert: expected at least one layer to convert, got none: {why}. {remedy}"
+        )
+    for name in chosen:
         module = model.get_submodule(name)
-        kind: Any = BitSwitchConv2d if isinstance(module, nn.Conv2d) else BitSwitchLinear
+        kind = BitSwitchConv2d if isinstance(module, nn.Conv2d) else BitSwitchLinear
         made = kind.from_float(module, bits=bits, activation_bits=activation_bits).train(module.training)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, made)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tranche import _library
 from tranche.bits import reference
-from tranche.bits.packed import GUARDED_PLANES, PLAIN, STORED_BITS, PackedWeight
+from tranche.bits.packed import GUARDED_PLANES, PLAIN, STORED_BITS, PackedWeight, expect_packed
 
 
 def quantize(
@@ -84,8 +84,12 @@ def pack(codes: Tensor) -> PackedWeight:
     return PackedWeight(data, codes.size(0), codes.size(1), GUARDED_PLANES)
 
 
-def _flat(packed: PackedWeight) -> tuple[int, int, int]:
-    return packed.out_features, packed.in_features, packed.layout
+def _flat(function: str, packed: PackedWeight) -> tuple[Tensor, int, int, int]:
+    try:
+        return packed.data, packed.out_features, packed.in_features, packed.layout
+    except AttributeError:
+        expect_packed(function, packed)
+        raise
 
 
 def unpack(packed: PackedWeight, bits: int = STORED_BITS) -> Tensor:
@@ -93,8 +97,9 @@ def unpack(packed: PackedWeight, bits: int = STORED_BITS) -> Tensor:
 
     Raises:
         ValueError: bits not in 2..8, or a layout that this version does not know.
+        TypeError: not a PackedWeight, here as below.
     """
-    return _library.ops().bits_unpack(packed.data, *_flat(packed), bits)
+    return _library.ops().bits_unpack(*_flat("unpack", packed), bits)
 
 
 def materialize(packed: PackedWeight, bits: int) -> PackedWeight:
@@ -105,7 +110,7 @@ def materialize(packed: PackedWeight, bits: int) -> PackedWeight:
     Raises:
         ValueError: as for `unpack`.
     """
-    data = _library.ops().bits_materialize(packed.data, *_flat(packed), bits)
+    data = _library.ops().bits_materialize(*_flat("materialize", packed), bits)
     return PackedWeight(data, packed.out_features, packed.in_features, PLAIN + bits)
 
 
@@ -121,7 +126,8 @@ def dequantize(packed: PackedWeight, scale: Tensor, bits: int, dtype: torch.dtyp
     Raises:
         ValueError: a wrong shape, dtype, number of bits or layout.
     """
-    return _library.ops().bits_dequantize(packed.data, scale, *_flat(packed), bits, dtype)
+    data, *layout = _flat("dequantize", packed)
+    return _library.ops().bits_dequantize(data, scale, *layout, bits, dtype)
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,7 +171,7 @@ def int_linear(x: Tensor, packed: PackedWeight, bits: int) -> Tensor:
     Raises:
         ValueError: a wrong shape, dtype, number of bits or layout.
     """
-    out = _library.ops().bits_int_linear(_rows(x), packed.data, *_flat(packed), bits)
+    out = _library.ops().bits_int_linear(_rows(x), *_flat("int_linear", packed), bits)
     return out.view(*x.shape[:-1], packed.out_features)
 
 
@@ -230,20 +236,25 @@ def linear(
     # Once a large weight has passed, this function's own code and data are no longer in any cache, and each lookup
     # waits for memory: it makes no more of them than the call needs.
     rows = x if x.dim() == 2 and x.stride(1) == 1 else _rows(x)
-    if (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled():
-        out = _Linear.apply(rows, packed.data, scale, bias, (*_flat(packed), bits, activation_bits))
-    else:
-        out = _library.ops().bits_linear.default(
-            rows,
-            packed.data,
-            scale,
-            packed.out_features,
-            packed.in_features,
-            packed.layout,
-            bits,
-            bias,
-            activation_bits,
-        )
+    try:
+        if (x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled():
+            data, *layout = _flat("linear", packed)
+            out = _Linear.apply(rows, data, scale, bias, (*layout, bits, activation_bits))
+        else:
+            out = _library.ops().bits_linear.default(
+                rows,
+                packed.data,
+                scale,
+                packed.out_features,
+                packed.in_features,
+                packed.layout,
+                bits,
+                bias,
+                activation_bits,
+            )
+    except AttributeError:
+        expect_packed("linear", packed)
+        raise
     return out if rows is x else out.view(*x.shape[:-1], packed.out_features)
 
 

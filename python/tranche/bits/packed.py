@@ -42,4 +42,13 @@ class PackedWeight:
         return self.data.numel() * eighths // 8
 
 
+def expect_packed(function: str, packed: object) -> None:
+    """A TypeError unless `packed` is a PackedWeight. For the slow path: asked once something else has gone wrong."""
+    if not isinstance(packed, PackedWeight):
+        remedy = "Use bits.pack(codes)." if isinstance(packed, Tensor) else "bits.pack(codes) makes one."
+        raise TypeError(
+            f"tranche.bits.{function}: expected a PackedWeight, got a {type(packed).__name__}. {remedy}"
+        ) from None
+
+
 torch.export.register_dataclass(PackedWeight, serialized_type_name="tranche.bits.PackedWeight")

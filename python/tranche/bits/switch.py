@@ -26,8 +26,10 @@ _of_thread = _OfThread()
 
 def check_bits(bits: int) -> int:
     """A number of bits, or a ValueError."""
-    if bits not in BITS:
-        raise ValueError(f"tranche.bits: expected bits in {list(BITS)}, got {bits!r}. Choose one of these.")
+    if isinstance(bits, float) or bits not in BITS:  # 4.0 is in the range, too
+        raise ValueError(
+            f"tranche.bits.set_bits: expected bits in {list(BITS)}, got {bits!r}. Choose one of these."
+        )
     return bits
 
 
@@ -59,7 +61,12 @@ class Switchable(nn.Module):
 def _assignment(model: nn.Module, bits: int | Mapping[str, int]) -> dict[Switchable, int]:
     """Bits by module: one number for all, or the longest matching prefix of its name."""
     modules = {name: module for name, module in model.named_modules() if isinstance(module, Switchable)}
-    if isinstance(bits, int):
+    if not modules:
+        raise ValueError(
+            f"tranche.bits.set_bits: expected a model with bit-switching layers, got {type(model).__name__} without. "
+            "Convert it with tranche.bits.convert(model)."
+        )
+    if not isinstance(bits, Mapping):
         return dict.fromkeys(modules.values(), check_bits(bits))
     chosen = {}
     used = set()
@@ -87,7 +94,7 @@ def set_bits(model: nn.Module, bits: int | Mapping[str, int]) -> None:
             that none matches keep theirs.
 
     Raises:
-        ValueError: a number that is not 2 to 8, or a name that matches no such module.
+        ValueError: a number that is not 2 to 8, a name that matches no such module, or a model without any.
     """
     for module, number in _assignment(model, bits).items():
         module.bits = number

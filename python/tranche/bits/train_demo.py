@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
+from tranche._extras import needed
 from tranche.bits.allocation import allocate_bits, hessian_traces, weight_errors
 from tranche.bits.qat import Activations, calibrate, prepare_qat
 from tranche.bits.switch import at_bits
@@ -43,8 +44,9 @@ class Settings:
 
 def digits() -> tuple[Data, Data]:
     """The 1797 images of 8 x 8 as [N, 1, 8, 8] in [0, 1], three quarters to train on: the same split on every run."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    with needed("tranche.bits train-demo", "sklearn"):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
     split = train_test_split(images, labels, test_size=0.25, random_state=0, stratify=labels)
@@ -268,7 +270,8 @@ def show(findings: Findings, settings: Settings, console: Console) -> None:
 
 def plot(findings: Findings, path: Path) -> None:
     """A picture of the table: accuracy over bits, one line a method, bars from the worst to the best seed."""
-    import matplotlib
+    with needed("tranche.bits train-demo --plot", "matplotlib"):
+        import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from tranche import bits
+from tranche._extras import MissingExtra
 from tranche.decode.cascade import CascadeDrafter
 from tranche.decode.demo import DRAFTERS, demo, mismatches_of
 from tranche.decode.drafter import Drafter
@@ -149,12 +150,21 @@ def _generate(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Run the command that was asked for."""
     arguments = _arguments()
-    if arguments.command == "demo":
-        demo(arguments.prompts, arguments.length, arguments.new_tokens, arguments.temperature, arguments.plot)
-    elif arguments.command == "train-head":
-        _train_head(arguments)
-    else:
-        _generate(arguments)
+    try:
+        if arguments.command == "demo":
+            demo(
+                arguments.prompts,
+                arguments.length,
+                arguments.new_tokens,
+                arguments.temperature,
+                arguments.plot,
+            )
+        elif arguments.command == "train-head":
+            _train_head(arguments)
+        else:
+            _generate(arguments)
+    except MissingExtra as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

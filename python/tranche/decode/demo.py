@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tranche import bits, byte_llama, corpus
+from tranche._extras import needed
 from tranche.decode.cascade import CascadeDrafter
 from tranche.decode.demo_head import load_or_train_head
 from tranche.decode.demo_plot import plot_accepted_lengths
@@ -134,6 +135,9 @@ def demo(
         plot: a file for a picture of the accepted lengths.
     """
     console = Console()
+    if plot is not None:  # known before the training, not after it
+        with needed("tranche.decode demo --plot", "matplotlib"):
+            import matplotlib  # noqa: F401
     model = byte_llama.load_or_train()
     head = load_or_train_head(model)
     bits.convert(model, skip=())

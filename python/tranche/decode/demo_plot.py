@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tranche._extras import needed
+
 
 def plot_accepted_lengths(lengths: Mapping[str, Sequence[int]], path: Path | str) -> Path:
     """Draw, for each drafter, the share of passes by the number of draft tokens that they accepted.
@@ -14,14 +16,10 @@ def plot_accepted_lengths(lengths: Mapping[str, Sequence[int]], path: Path | str
         path: the picture's file; its ending says of which kind.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
+        ImportError: matplotlib is not installed.
     """
-    try:
+    with needed("tranche.decode demo --plot", "matplotlib"):
         import matplotlib
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "tranche.decode: expected matplotlib for a picture, got none. pip install matplotlib"
-        ) from error
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

@@ -43,6 +43,15 @@ def _pace(model: PreTrainedModel, drafter: Drafter, batch: int, tree_size: int) 
     return known.setdefault((type(drafter), batch, tree_size), Pace(tree_size))
 
 
+def _check_drafter(drafter: object) -> None:
+    remedy = "NgramDrafter()"
+    if isinstance(drafter, type):  # it has a drafter's methods, but no drafter's data
+        remedy = f"{drafter.__name__}()" if issubclass(drafter, Drafter) else remedy
+    elif drafter is None or isinstance(drafter, Drafter):
+        return
+    raise TypeError(f"tranche.generate: expected a drafter object or None, got {drafter!r}. Use {remedy}.")
+
+
 def generate(
     model: PreTrainedModel,
     drafter: Drafter | None,
@@ -92,11 +101,16 @@ def generate(
         streamer: for one sequence, an object as transformers' streamers are: put(input_ids), then put(new tokens [n])
             as they come, then end().
 
+    Returns:
+        `Output`: sequences, int64 [B, T + new], input_ids and what follows them; and statistics of the call.
+
     Raises:
+        TypeError: a model, a drafter or input_ids that is none.
         ValueError: a wrong shape, dtype, device or number; a model that is not supported; prompts that with
             max_new_tokens exceed the positions the model knows.
     """
     target.check_supported(model)
+    _check_drafter(drafter)
     settings = Settings.of(
         model, input_ids, attention_mask, max_new_tokens, eos_token_id, temperature, top_k, top_p, seed,
         tree_size if drafter is not None else 1,

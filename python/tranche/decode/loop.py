@@ -158,7 +158,7 @@ class Loop:
             parent, tokens = tree.parent[:, :size], tokens[:, :size]
             if parent.shape != tokens.shape or tokens.size(0) != root.size(0) or tokens.dtype != torch.int64:
                 raise ValueError(
-                    f"tranche.decode: expected a tree and tokens int64 of one shape [{root.size(0)}, N], got "
+                    f"tranche.generate: expected a tree and tokens int64 of one shape [{root.size(0)}, N], got "
                     f"{list(parent.shape)} and {tokens.dtype} {list(tokens.shape)}. Correct propose()."
                 )
             n_nodes = tree.n_nodes.clamp(1, tokens.size(1)) * self._active

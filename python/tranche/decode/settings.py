@@ -107,6 +107,11 @@ class Settings:
         tree_size: int,
     ) -> Settings:
         """Check everything that can be known before the first pass."""
+        if not isinstance(input_ids, Tensor):
+            raise TypeError(
+                f"tranche.generate: expected input_ids int64 of shape [B, T], got a {type(input_ids).__name__}. "
+                "Give a tensor: torch.tensor([[1, 2]]), or tokenizer(prompts, return_tensors='pt').input_ids."
+            )
         _expect(
             input_ids.dim() == 2 and input_ids.dtype == torch.int64,
             "input_ids int64 of shape [B, T]",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from tranche import rows
 from tranche.bits import BitSwitchLinear
@@ -73,19 +73,34 @@ def check_supported(model: PreTrainedModel) -> None:
     """Refuse a model whose passes `forward` and `logits_of` would not compute.
 
     Raises:
-        ValueError: no decoder and output embeddings, or something done to the logits besides.
+        TypeError: not a model of transformers.
+        ValueError: no decoder and output embeddings, no rotary attention, or something done to the logits besides.
     """
+    # By attribute: what torch.compile and adapters wrap around a model passes for one.
+    if not isinstance(getattr(model, "config", None), PretrainedConfig):
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(
+            f"tranche.generate: expected a causal language model of transformers, got {got}. "
+            "Load one with AutoModelForCausalLM."
+        )
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
     if head is None or model.config.is_encoder_decoder:
         raise ValueError(
-            f"tranche.decode: expected a causal language model with output embeddings, got {type(model).__name__}. "
+            f"tranche.generate: expected a causal language model with output embeddings, got {type(model).__name__}. "
             "Load it with AutoModelForCausalLM."
+        )
+    # The cache takes its shape from the configuration, and positions reach the model by its rotary embedding.
+    rotary = any(type(module).__name__.endswith("RotaryEmbedding") for module in model.modules())
+    if not rotary or getattr(config, "num_key_value_heads", None) is None:
+        raise ValueError(
+            "tranche.generate: expected a model with rotary attention and num_key_value_heads in its configuration "
+            f"({', '.join(_FAMILIES)}), got {type(model).__name__}. This model is not supported."
         )
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise ValueError(
-                f"tranche.decode: expected a model whose logits are its output embeddings' (Llama, Mistral, Qwen2, "
+                f"tranche.generate: expected a model whose logits are its output embeddings' (Llama, Mistral, Qwen2, "
                 f"Qwen3), got one with {name}={getattr(config, name)}. This model is not supported."
             )
 

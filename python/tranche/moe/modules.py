@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tranche.moe.ops import Activation, Variant, draft_moe, fused_experts, route
+from tranche.moe.ops import MAX_EXPERTS, Activation, Variant, draft_moe, fused_experts, route
 
 _PROJECTIONS = {"gate_proj": "w_gate", "up_proj": "w_up", "down_proj": "w_down"}
 
@@ -26,6 +26,9 @@ class JakiroMoE(nn.Module):
         variant: "jakiro" (E = top_k = 2) or "topk"; see `draft_moe`.
         device: of the weights.
         dtype: of the weights.
+
+    Raises:
+        ValueError: another variant, or numbers of experts that the variant does not have.
     """
 
     def __init__(
@@ -40,6 +43,20 @@ class JakiroMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        if variant not in ("jakiro", "topk"):
+            raise ValueError(
+                f"tranche.JakiroMoE: expected variant 'jakiro' or 'topk', got {variant!r}. Name one of these."
+            )
+        if variant == "jakiro" and (num_experts, top_k) != (2, 2):
+            raise ValueError(
+                "tranche.JakiroMoE: expected num_experts == 2 and top_k == 2 for variant 'jakiro', got "
+                f"{num_experts} and {top_k}. Other numbers are variant 'topk'."
+            )
+        if not 1 <= top_k <= num_experts <= MAX_EXPERTS:
+            raise ValueError(
+                f"tranche.JakiroMoE: expected 1 <= top_k <= num_experts <= {MAX_EXPERTS}, got top_k {top_k} and "
+                f"num_experts {num_experts}. A token has experts of its own among these."
+            )
         inner = hidden_size if intermediate_size is None else intermediate_size
         self.num_experts, self.top_k, self.variant = num_experts, top_k, variant
         self.gate = nn.Linear(hidden_size, num_experts + 2, bias=False, device=device, dtype=dtype)
@@ -55,7 +72,30 @@ class JakiroMoE(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, contrast: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The block's output for x [..., H], and with `contrast` its second output; both with `residual` added."""
+        """The block's output and, on demand, its second, contrastive one.
+
+        Args:
+            x: [..., H], of the weights' dtype and device.
+            residual: [..., H] like x, added to both outputs.
+            contrast: also return the second output; it costs no weight bytes.
+
+        Returns:
+            [..., H], or with `contrast` two of them. Differentiable in x, residual and the weights.
+
+        Raises:
+            ValueError: another size, dtype or device than the weights'; contrast with top_k 1.
+        """
+        hidden = self.gate.in_features
+        if x.dim() == 0 or x.size(-1) != hidden:
+            raise ValueError(
+                f"tranche.JakiroMoE: expected x.size(-1) == H ({hidden}), got "
+                f"{x.size(-1) if x.dim() else 'a scalar'}. It is the head's hidden_size."
+            )
+        if residual is not None and residual.shape != x.shape:
+            raise ValueError(
+                f"tranche.JakiroMoE: expected residual of x's shape {list(x.shape)}, got {list(residual.shape)}. "
+                "It is what the block adds to."
+            )
         flat = x.reshape(-1, x.shape[-1])
         added = None if residual is None else residual.reshape(flat.shape)
         got = draft_moe(

@@ -17,6 +17,7 @@ from tranche import _library
 SCORES = ("softmax", "sigmoid", "relu_rms")
 ACTIVATIONS = ("silu", "gelu", "relu")
 VARIANTS = ("jakiro", "topk", "star")
+MAX_EXPERTS = 1024  # csrc/moe/moe_glue.h checks it
 Score = Literal["softmax", "sigmoid", "relu_rms"]
 Activation = Literal["silu", "gelu", "relu"]
 Variant = Literal["jakiro", "topk"]

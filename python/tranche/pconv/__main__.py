@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tranche._extras import MissingExtra, needed
 from tranche.pconv import demo
 
 
@@ -23,7 +24,13 @@ def main() -> None:
     train.add_argument("--plot", type=Path, metavar="PATH", help="a picture of the result")
     arguments = parser.parse_args()
     console = Console()
-    outcome = demo.train(arguments.epochs, arguments.seed, arguments.device)
+    try:
+        if arguments.plot is not None:  # known before the training, not after it
+            with needed("tranche.pconv train-demo --plot", "matplotlib"):
+                import matplotlib  # noqa: F401
+        outcome = demo.train(arguments.epochs, arguments.seed, arguments.device)
+    except MissingExtra as error:
+        raise SystemExit(str(error)) from None
     demo.show(outcome, console)
     if arguments.plot is not None:
         demo.plot(outcome, arguments.plot)

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
+from tranche._extras import needed
 from tranche.pconv.dynamic import DPConv, freeze, order_loss, resource_at, resource_penalty
 from tranche.pconv.fold import fold
 from tranche.pconv.partialnet import PartialNet
@@ -74,11 +75,9 @@ def partialnet_tiny(**kw: Any) -> PartialNet:
 
 def load_digits(device: str, seed: int) -> Digits:
     """The 1797 digits, a quarter of them for testing."""
-    try:
+    with needed("tranche.pconv train-demo", "sklearn"):
         from sklearn.datasets import load_digits as load
         from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ImportError("The digits come with scikit-learn: pip install scikit-learn.") from error
     images, labels = load(return_X_y=True)
     pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8)
     pixels = (pixels - pixels.mean()) / pixels.std()
@@ -185,10 +184,8 @@ def show(outcome: Outcome, console: Console) -> None:
 
 def plot(outcome: Outcome, path: Path) -> None:
     """Learning curves, the ratios found, and what the network says of some test images."""
-    try:
+    with needed("tranche.pconv train-demo --plot", "matplotlib"):
         import matplotlib
-    except ImportError as error:
-        raise ImportError("--plot needs matplotlib: pip install matplotlib.") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

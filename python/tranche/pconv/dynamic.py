@@ -116,18 +116,18 @@ class DPConv(nn.Module):
         return frozen.train(self.training)
 
 
-def _searched(model: nn.Module) -> list[DPConv]:
+def _searched(function: str, model: nn.Module) -> list[DPConv]:
     found = [module for module in model.modules() if isinstance(module, DPConv)]
     if not found:
         raise ValueError(
-            "tranche.pconv: expected a model with DPConv modules, got none. Build it with search=True."
+            f"tranche.pconv.{function}: expected a model with DPConv modules, got none. Build it with search=True."
         )
     return found
 
 
 def order_loss(model: nn.Module) -> Tensor:
     """The sum of the `order_loss` of all DPConv modules of a model; to be added to the task's loss."""
-    return torch.stack([module.order_loss() for module in _searched(model)]).sum()
+    return torch.stack([module.order_loss() for module in _searched("order_loss", model)]).sum()
 
 
 def resource_penalty(model: nn.Module, target: float, exponent: float = -0.01) -> Tensor:
@@ -137,7 +137,7 @@ def resource_penalty(model: nn.Module, target: float, exponent: float = -0.01) -
         model: one with DPConv modules; R is the sum of their `resource`.
         target: T, such as `resource_at(model, 4)`.
     """
-    resource = torch.stack([module.resource() for module in _searched(model)]).sum()
+    resource = torch.stack([module.resource() for module in _searched("resource_penalty", model)]).sum()
     return (target / resource.clamp(min=target)) ** exponent
 
 
@@ -161,4 +161,4 @@ def freeze(model: nn.Module) -> dict[str, int]:
 
 def resource_at(model: nn.Module, n_div: int) -> float:
     """The R of a model all of whose DPConv modules are at this n_div: a target for `resource_penalty`."""
-    return sum(module.dim**2 for module in _searched(model)) / n_div
+    return sum(module.dim**2 for module in _searched("resource_at", model)) / n_div

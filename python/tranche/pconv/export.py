@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tranche import _library
+from tranche._extras import needed
 from tranche.pconv.ops import ACTIVATIONS
 
 
@@ -116,11 +117,9 @@ def export_onnx(
         raise ValueError(
             "tranche.pconv.export_onnx: expected a model in evaluation, got one in training. Call eval()."
         )
-    try:
+    with needed("tranche.pconv.export_onnx", "onnx", "onnxscript"):
         import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError("Writing ONNX needs onnx and onnxscript: pip install onnx onnxscript.") from error
-    shapes = None
+    shapes: Any = None
     if dynamic_batch:
         example = example[:1].expand(2, -1, -1, -1)  # a batch of one would be taken for a constant
         shapes = ({0: torch.export.Dim.DYNAMIC},)

@@ -34,11 +34,12 @@ class PartialConv(nn.Module):
         super().__init__()
         if not 1 <= n_div <= dim:
             raise ValueError(
-                f"PartialConv: expected n_div in [1, dim] = [1, {dim}], got {n_div}. Use fewer parts."
+                f"tranche.PartialConv: expected n_div in [1, dim] = [1, {dim}], got {n_div}. Use fewer parts."
             )
         if kernel_size % 2 == 0:
             raise ValueError(
-                f"PartialConv: expected an odd kernel_size, got {kernel_size}. An even kernel changes the image's size."
+                f"tranche.PartialConv: expected an odd kernel_size, got {kernel_size}. "
+                "An even kernel changes the image's size."
             )
         self.dim_conv3 = dim // n_div
         self.dim_untouched = dim - self.dim_conv3
@@ -54,7 +55,17 @@ class PartialConv(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to the same shape and memory format."""
+        """[B, C, H, W] to the same shape and memory format.
+
+        Raises:
+            ValueError: other channels than `dim`, or another dtype or device than the weight's.
+        """
+        channels = self.dim_conv3 + self.dim_untouched
+        if x.dim() == 4 and x.size(1) != channels:
+            raise ValueError(
+                f"tranche.PartialConv: expected x of {channels} channels, got {x.size(1)}. "
+                f"Make it with dim={x.size(1)}."
+            )
         conv: Any = self.partial_conv3
         return partial_conv2d(
             x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups

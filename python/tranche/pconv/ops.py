@@ -30,6 +30,7 @@ def partial_conv2d(
     """Convolves the channels [start, start + c) and passes the others through (FasterNet's PConv, arXiv 2303.03667).
 
     With P = [start, start + c): y[:, P] = conv2d(x[:, P], weight, bias, ...) and y elsewhere equals x bit for bit.
+    The usual 3 x 3 of the first c channels: `partial_conv2d(x, weight, padding=1)`, weight [c, c, 3, 3].
 
     Args:
         x: [B, C, H, W], any strides; float32, float16 or bfloat16 (float64 on the CPU). Sums are float32 (float64).

@@ -89,6 +89,7 @@ def tree_attention(
         lse: float32 [B, N, Hq], natural logarithm; -inf for rows past n_nodes. Only with return_lse.
 
     Raises:
+        TypeError: a tree that is none.
         ValueError: a wrong shape, dtype, device, stride or number.
         IndexError: lengths or pages that leave the cache (CPU, and elsewhere under TRANCHE_CHECK=1; otherwise
             they are clamped into the cache).
@@ -97,7 +98,13 @@ def tree_attention(
     Gradients flow from both results to q, both caches and sinks (see `docs/tree-gradients.md`), for caches of q's
     dtype. A cache's gradient is dense: it has the cache's shape, and zeros in the slots that no row sees.
     """
-    structure = (cache_seqlens, tree.ancestors, tree.depth, tree.n_nodes, block_table)
+    try:
+        structure = (cache_seqlens, tree.ancestors, tree.depth, tree.n_nodes, block_table)
+    except AttributeError:
+        raise TypeError(
+            f"tranche.tree_attention: expected tree a tranche.tree.Tree, got {type(tree).__name__}. "
+            "Use Tree.chain(n, batch) for ordinary causal attention."
+        ) from None
     if out is None and autograd.wanted(q, k_cache, v_cache, sinks):
         result, lse = autograd.attention(
             q, k_cache, v_cache, sinks, structure, scale, window, softcap, exact, (k_scale, v_scale)

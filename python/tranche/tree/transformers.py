@@ -17,8 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache
+
+from tranche._extras import needed
+
+with needed("tranche.tree.transformers", "transformers"):
+    from transformers import AttentionInterface, PreTrainedModel
+    from transformers.cache_utils import Cache
 
 from tranche.tree.accepted import Accepted
 from tranche.tree.cache import compact_cache_, write_cache_
@@ -131,13 +135,13 @@ def tranche_tree(
     """
     if tree is None or cache_seqlens is None:
         raise ValueError(
-            "tranche_tree: expected the model's keyword arguments tree and cache_seqlens, got none. "
-            "Call tranche.tree.transformers.evaluate or prefill, or pass them."
+            "tranche.tree.transformers.tranche_tree: expected the model's keyword arguments tree and "
+            "cache_seqlens, got none. Call tranche.tree.transformers.evaluate or prefill, or pass them."
         )
     if attention_mask is not None or dropout != 0.0:
         raise ValueError(
-            "tranche_tree: expected no attention_mask and no dropout. Give padding its place in n_nodes and "
-            "cache_seqlens, and call model.eval()."
+            "tranche.tree.transformers.tranche_tree: expected no attention_mask and no dropout, got one. "
+            "Give padding its place in n_nodes and cache_seqlens, and call model.eval()."
         )
     out = tree_attention(
         query.transpose(1, 2),

@@ -1,0 +1,58 @@
+"""Packages that only a part of this one needs, and the extra by which pip installs them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+
+# by the name that one imports: what to call it, and the extra of pyproject.toml that brings it
+_PACKAGES = {
+    "transformers": ("transformers 5 or newer", "transformers"),
+    "sklearn": ("scikit-learn", "demos"),
+    "scipy": ("scipy", "demos"),
+    "matplotlib": ("matplotlib", "demos"),
+    "onnx": ("onnx", "onnx"),
+    "onnxscript": ("onnxscript", "onnx"),
+}
+
+
+class MissingExtra(ImportError):
+    """A package is not installed, or is too old; the message says which, who needs it, and what to run."""
+
+
+@contextlib.contextmanager
+def needed(by: str, *packages: str) -> Iterator[None]:
+    """Import inside this context what `by` needs.
+
+    Args:
+        by: who needs it, as the message calls it.
+        packages: the names that are imported.
+
+    Raises:
+        MissingExtra: one of them is not there. While `python -m` looks for the module `by`, SystemExit with the same
+            sentence: nobody could catch it there.
+    """
+    for package in packages:
+        state = _state(package)
+        if state:
+            name, extra = _PACKAGES[package]
+            message = f"{by} needs {name}, {state}. Run pip install 'tranche[{extra}]'."
+            if sys.argv[:1] == ["-m"] and by in sys.orig_argv:
+                raise SystemExit(message)
+            raise MissingExtra(message, name=package)
+    yield
+
+
+def _state(package: str) -> str:
+    """What is wrong with a package; empty if nothing is."""
+    try:
+        module = importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:  # it is there, and lacks something itself
+            raise
+        return "which is not installed"
+    version = getattr(module, "__version__", "")
+    is_old = package == "transformers" and version.split(".")[0] in ("1", "2", "3", "4")
+    return f"and {version} is installed" if is_old else ""
