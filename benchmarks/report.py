@@ -8,6 +8,7 @@ import platform
 import subprocess
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -80,11 +81,20 @@ def _commit() -> str:
         return "unknown"
 
 
+def significant(value: Any) -> Any:
+    """The same with every float in it rounded to four digits: more would say what was not measured."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: significant(inner) for key, inner in value.items()}
+    return [significant(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def save(results: list[Result], device: str, path: Path) -> None:
-    """Keep results as JSON."""
+    """Keep results as JSON, a line for each row."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    document = {"machine": machine(device), "rows": [asdict(r) for r in results]}
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    rows = ",\n".join(json.dumps(significant(asdict(r))) for r in results)
+    path.write_text(f'{{"machine": {json.dumps(machine(device))},\n"rows": [\n{rows}\n]}}\n')
 
 
 def load(path: Path) -> tuple[dict[str, str], list[Result]]:

@@ -99,18 +99,26 @@ def test_convert_and_skip():
         (nn.Linear(3, 3), (), r"got a single layer\. Use BitSwitchLinear\.from_float\."),
         (nn.Linear(3, 3), ("first", "last"), r"got a single layer\. Use BitSwitchLinear\.from_float\."),
         (nn.Conv2d(3, 3, 1), (), r"got a single layer\. Use BitSwitchConv2d\.from_float\."),
-        (
-            nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)),
-            ("first", "last"),
-            r"at least one layer to convert, got none: skip leaves out '0', '2'\. Pass skip=\(\)\.",
-        ),
-        (nn.Sequential(nn.ReLU()), (), "got none: Sequential holds no Linear, and no Conv2d without groups"),
     ],
 )
-def test_nothing_to_convert(model, skip, message):
+def test_a_single_layer_is_not_converted(model, skip, message):
     kinds = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match=r"^tranche\.bits\.convert: expected .*" + message):
         convert(model, skip=skip)
+    assert kinds == [type(module) for module in model.modules()]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)), r"skip leaves out all of \['0', '2'\]"),
+        (nn.Sequential(nn.ReLU()), "it has no such layer"),
+    ],
+)
+def test_nothing_to_convert_is_said(model, message):
+    kinds = [type(module) for module in model.modules()]
+    with pytest.warns(UserWarning, match=r"^tranche\.bits\.convert: Sequential stays as it is: " + message):
+        assert convert(model) is model
     assert kinds == [type(module) for module in model.modules()]
 
 

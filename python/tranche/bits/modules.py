@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -310,7 +311,8 @@ def convert(
         activation_bits: None, or 8 for integer activations.
 
     Raises:
-        ValueError: a name in `skip` that no module has, a model that is itself a single layer, or nothing to convert.
+        ValueError: a name in `skip` that no module has, or a model that is itself a single layer. When there is
+            nothing to convert, a warning says why.
     """
     if convertible(model):
         kind: Any = BitSwitchConv2d if isinstance(model, nn.Conv2d) else BitSwitchLinear
@@ -322,20 +324,8 @@ def convert(
     layers = [name for name, module in model.named_modules() if convertible(module)]
     chosen = [name for name in layers if name not in skipped]
     if not chosen:
-        why, remedy = (
-            (
-                f"skip leaves out {', '.join(map(repr, layers[:4]))}{', ...' * (len(layers) > 4)}",
-                "Pass skip=().",
-            )
-            if layers
-            else (
-                f"{type(model).__name__} holds no Linear, and no Conv2d without groups",
-                "Leave it as it is.",
-            )
-        )
-        raise ValueError(
-            f"tranche.bits.convert: expected at least one layer to convert, got none: {why}. {remedy}"
-        )
+        why = f"skip leaves out all of {layers}; skip=() converts them" if layers else "it has no such layer"
+        warnings.warn(f"tranche.bits.convert: {type(model).__name__} stays as it is: {why}.", stacklevel=2)
     for name in chosen:
         module = model.get_submodule(name)
         kind = BitSwitchConv2d if isinstance(module, nn.Conv2d) else BitSwitchLinear
