@@ -1,4 +1,4 @@
-"""Packages that only a part of this one needs, and the extra by which pip installs them."""
+"""Packages that only a part of this one needs; the extras of pyproject.toml bring them too."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import importlib
 import sys
 from collections.abc import Iterator
 
-# by the name that one imports: what to call it, and the extra of pyproject.toml that brings it
+# by the name that one imports: what to call it, and what to ask pip for
 _PACKAGES = {
-    "transformers": ("transformers 5 or newer", "transformers"),
-    "sklearn": ("scikit-learn", "demos"),
-    "scipy": ("scipy", "demos"),
-    "matplotlib": ("matplotlib", "demos"),
+    "transformers": ("transformers 5 or newer", "'transformers>=5'"),
+    "sklearn": ("scikit-learn", "scikit-learn"),
+    "scipy": ("scipy", "scipy"),
+    "matplotlib": ("matplotlib", "matplotlib"),
     "onnx": ("onnx", "onnx"),
-    "onnxscript": ("onnxscript", "onnx"),
+    "onnxscript": ("onnxscript", "onnxscript"),
 }
 
 
@@ -37,8 +37,8 @@ def needed(by: str, *packages: str) -> Iterator[None]:
     for package in packages:
         state = _state(package)
         if state:
-            name, extra = _PACKAGES[package]
-            message = f"{by} needs {name}, {state}. Run pip install 'tranche[{extra}]'."
+            name, requirement = _PACKAGES[package]
+            message = f"{by} needs {name}, {state}. Run pip install {requirement}."
             if sys.argv[:1] == ["-m"] and by in sys.orig_argv:
                 raise SystemExit(message)
             raise MissingExtra(message, name=package)
