@@ -236,7 +236,8 @@ static void multiply_group(const BitsLinearParams& p, const Activations& x, cons
   constexpr int64_t kTiles = order == Order::along ? kLineTiles : Engine::kRunTiles;
   const int64_t tiles = p.groups == 1 ? p.w.input_tiles : p.w.in_features / p.groups / kTileInputs;
   const int64_t stride = x.padded_inputs / 4 * Engine::kSteps;
-  const bool prepare = order == Order::down && Engine::kPrepares && rows > kMostRows;
+  constexpr bool kCanPrepare = order == Order::down && Engine::kPrepares;
+  const bool prepare = kCanPrepare && rows > kMostRows;
   __builtin_memset(s.totals, 0, size_t(64 * count * s.rows));
   const int64_t begin = group * tiles, end = begin + tiles;
   const uint32_t* of_group =
@@ -261,8 +262,8 @@ static void multiply_group(const BitsLinearParams& p, const Activations& x, cons
       }
     }
     const uint32_t* from = of_group + (t - begin) * kUnits * Engine::kSteps;
-    const auto multiply = prepare                          ? multiply_rows < Engine, order,
-               order == Order::down && Engine::kPrepares > : multiply_rows<Engine, order, false>;
+    const auto multiply =
+        prepare ? multiply_rows<Engine, order, kCanPrepare> : multiply_rows<Engine, order, false>;
     multiply(engine, run, count, from, stride, rows, s.totals, s.rows * kTileRows);
   }
 }
