@@ -22,9 +22,8 @@ class MissingExtra(ImportError):
     """A package is not installed, or is too old; the message says which, who needs it, and what to run."""
 
 
-@contextlib.contextmanager
-def needed(by: str, *packages: str) -> Iterator[None]:
-    """Import inside this context what `by` needs.
+def require(by: str, *packages: str) -> None:
+    """Say what is missing before work begins that would need it in the end.
 
     Args:
         by: who needs it, as the message calls it.
@@ -42,6 +41,12 @@ def needed(by: str, *packages: str) -> Iterator[None]:
             if sys.argv[:1] == ["-m"] and by in sys.orig_argv:
                 raise SystemExit(message)
             raise MissingExtra(message, name=package)
+
+
+@contextlib.contextmanager
+def needed(by: str, *packages: str) -> Iterator[None]:
+    """Import inside this context what `by` needs; otherwise as `require`."""
+    require(by, *packages)
     yield
 
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +15,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from tranche import corpus
+from tranche import _cache, corpus
 from tranche._extras import needed
 
 if TYPE_CHECKING:
@@ -86,22 +83,15 @@ def load_or_train(
         from transformers import LlamaForCausalLM
 
     recipe = recipe or Recipe()
-    home = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tranche")
+    home = _cache.folder(cache_dir)
     text = corpus.standard_library("train")
     identity = hashlib.sha256(repr((_FORMAT, recipe)).encode() + text.numpy().tobytes()).hexdigest()[:16]
     path = home / f"byte-llama-{identity}"
     if not path.exists():
         model = build(recipe)
         _train(model, text, recipe, progress)
-        home.mkdir(parents=True, exist_ok=True)
-        # Renamed when whole: an interrupted run, or another one at work, leaves no half of a model.
-        partial = Path(tempfile.mkdtemp(dir=home, prefix="partial-"))
-        try:
+        with _cache.filled(path) as partial:
             model.save_pretrained(partial)
-            if not path.exists():
-                partial.rename(path)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     return LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tranche import byte_llama, corpus
-from tranche._extras import MissingExtra, needed
+from tranche._extras import MissingExtra, require
 from tranche.bits import lm_demo, train_demo
 
 
@@ -61,8 +61,7 @@ def main() -> int:
             mean_bits=arguments.mean_bits,
         )
         if arguments.plot:  # known before the training, not after it
-            with needed("tranche.bits train-demo --plot", "matplotlib"):
-                import matplotlib  # noqa: F401
+            require("tranche.bits train-demo --plot", "matplotlib")
         findings = train_demo.run(settings)
     except MissingExtra as error:
         raise SystemExit(str(error)) from None

@@ -3,9 +3,8 @@
 from tranche._extras import needed as _needed
 
 with _needed("tranche.decode", "transformers"):
-    import transformers  # noqa: F401
+    from tranche.decode.cascade import CascadeDrafter
 
-from tranche.decode.cascade import CascadeDrafter
 from tranche.decode.chains import tree_of_chains
 from tranche.decode.drafter import Context, Drafter
 from tranche.decode.generation import Output, generate

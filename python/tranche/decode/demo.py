@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tranche import bits, byte_llama, corpus
-from tranche._extras import needed
+from tranche._extras import require
 from tranche.decode.cascade import CascadeDrafter
 from tranche.decode.demo_head import load_or_train_head
 from tranche.decode.demo_plot import plot_accepted_lengths
@@ -136,8 +136,7 @@ def demo(
     """
     console = Console()
     if plot is not None:  # known before the training, not after it
-        with needed("tranche.decode demo --plot", "matplotlib"):
-            import matplotlib  # noqa: F401
+        require("tranche.decode demo --plot", "matplotlib")
     model = byte_llama.load_or_train()
     head = load_or_train_head(model)
     bits.convert(model, skip=())

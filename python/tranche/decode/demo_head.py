@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tranche import corpus
+from tranche import _cache, corpus
 from tranche.decode.head import JakiroHead, Mlp
 from tranche.decode.head_training import HeadRecipe, train_head
 
@@ -41,7 +38,7 @@ def load_or_train_head(
         cache_dir: where heads are kept; default `$XDG_CACHE_HOME/tranche`, or `~/.cache/tranche`.
         progress: show a progress bar while it trains.
     """
-    home = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tranche")
+    home = _cache.folder(cache_dir)
     text = corpus.standard_library("train")
     weight = model.get_output_embeddings().weight
     assert isinstance(weight, Tensor)
@@ -53,12 +50,7 @@ def load_or_train_head(
         checkpoint = path.with_suffix(".training")
         head = JakiroHead.for_model(model, mlp=mlp, seed=recipe.seed)
         train_head(model, head, text, recipe, checkpoint=checkpoint, checkpoint_every=50, progress=progress)
-        partial = Path(tempfile.mkdtemp(dir=home, prefix="partial-"))
-        try:
+        with _cache.filled(path) as partial:
             head.save(partial)
-            if not path.exists():
-                partial.rename(path)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         checkpoint.unlink(missing_ok=True)
     return JakiroHead.load(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tranche._extras import MissingExtra, needed
+from tranche._extras import MissingExtra, require
 from tranche.pconv import demo
 
 
@@ -26,8 +26,7 @@ def main() -> None:
     console = Console()
     try:
         if arguments.plot is not None:  # known before the training, not after it
-            with needed("tranche.pconv train-demo --plot", "matplotlib"):
-                import matplotlib  # noqa: F401
+            require("tranche.pconv train-demo --plot", "matplotlib")
         outcome = demo.train(arguments.epochs, arguments.seed, arguments.device)
     except MissingExtra as error:
         raise SystemExit(str(error)) from None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tranche import _library
-from tranche._extras import needed
+from tranche._extras import require
 from tranche.pconv.ops import ACTIVATIONS
 
 
@@ -117,8 +117,7 @@ def export_onnx(
         raise ValueError(
             "tranche.pconv.export_onnx: expected a model in evaluation, got one in training. Call eval()."
         )
-    with needed("tranche.pconv.export_onnx", "onnx", "onnxscript"):
-        import onnxscript  # noqa: F401
+    require("tranche.pconv.export_onnx", "onnx", "onnxscript")
     shapes: Any = None
     if dynamic_batch:
         example = example[:1].expand(2, -1, -1, -1)  # a batch of one would be taken for a constant
