@@ -4,6 +4,7 @@
 #pragma once
 
 #include "bits/packed.h"
+#include "core/constant.h"
 #include "core/simd.h"
 
 namespace tranche::cpu::TRANCHE_ISA {
@@ -100,12 +101,6 @@ constexpr int kUnits = 8;                        // units a tile
 static_assert(sizeof(Vec) == sizeof(Bytes), "a vector of floats holds the rows of a vector of bytes");
 
 TRANCHE_INLINE Bytes bmove(Bytes x, int left) { return left >= 0 ? bleft(x, left) : bright(x, -left); }
-
-// A number as an argument.
-template <auto number>
-struct Constant {
-  static constexpr auto value = number;
-};
 
 // Where a row of tiles starts in each stream.
 struct Streams {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "core/arena.h"
+#include "core/constant.h"
 #include "pconv/layout_cpu.h"
 
 namespace tranche::cpu::TRANCHE_ISA {
@@ -84,11 +85,6 @@ TRANCHE_INLINE int64_t units(int64_t elements) {
   return (elements + K::kPair - 1) / K::kPair;
 }
 TRANCHE_INLINE int64_t panels(int64_t outputs) { return (outputs + kPanel - 1) / kPanel; }
-
-template <int value_>
-struct Constant {
-  static constexpr int value = value_;
-};
 
 // One panel of outputs for `runs` runs of equally spaced pixels.
 template <class K>
