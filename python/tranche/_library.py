@@ -70,6 +70,37 @@ def activate(namespace: str) -> str:
     return previous
 
 
+def _needs_grad(args: Iterable[Any]) -> bool:
+    if torch.is_grad_enabled():
+        for value in args:  # no instance checks: for tensors they take half as long as a small op
+            for item in value if type(value) is list else (value,):
+                if getattr(item, "requires_grad", False):
+                    return True
+    return False
+
+
+def call(op: str, *args: Any) -> Any:
+    """The op in force, past the kernels of autograd where no gradient is wanted.
+
+    What torch.library registers for autograd is Python, and takes longer than a small op.
+    """
+    function = getattr(getattr(torch.ops, _active), op)
+    if torch.compiler.is_compiling() or _needs_grad(args):
+        return function(*args)
+    with _BelowAutograd():
+        return function(*args)
+
+
+def call_inplace(op: str, *args: Any) -> None:
+    """`call` for an op that `register_inplace` was told of; the tensors that it writes get their new version here."""
+    function = getattr(getattr(torch.ops, _active), op)
+    if torch.compiler.is_compiling() or _needs_grad(args):
+        return function(*args)
+    with _BelowInplace():
+        function(*args)
+    _raise_versions(args[i] for i in _written[op])
+
+
 def register_fake(op: str) -> Callable[[_F], _F]:
     """Register the decorated function as the fake (shape-only) kernel of `op` in every namespace."""
 
@@ -81,7 +112,10 @@ def register_fake(op: str) -> Callable[[_F], _F]:
     return register
 
 
+_BelowAutograd: Any = torch._C._AutoDispatchBelowAutograd
+_BelowInplace: Any = torch._C._AutoDispatchBelowADInplaceOrView
 _autograd_kernels: list[torch.library.Library] = []
+_written: dict[str, list[int]] = {}  # which arguments an op in place writes
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
@@ -90,6 +124,11 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield value
         elif isinstance(value, list | tuple):
             yield from _tensors(value)
+
+
+def _raise_versions(values: Iterable[Any]) -> None:
+    # tensors of inference mode have no version to raise
+    torch.autograd.graph.increment_version([t for t in _tensors(values) if not t.is_inference()])
 
 
 def register_inplace(op: str) -> None:
@@ -103,15 +142,14 @@ def register_inplace(op: str) -> None:
         overload = getattr(getattr(torch.ops, namespace), op).default
         arguments = overload._schema.arguments
         written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+        _written[op] = written
         _register_inplace(namespace, op, overload, [argument.name for argument in arguments], written)
 
 
 def _register_inplace(namespace: str, op: str, overload: Any, names: list[str], written: list[int]) -> None:
     def inplace(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         result = overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
-        values = [args[i] if i < len(args) else kwargs.get(names[i]) for i in written]
-        # tensors of inference mode have no version to raise
-        torch.autograd.graph.increment_version([t for t in _tensors(values) if not t.is_inference()])
+        _raise_versions(args[i] if i < len(args) else kwargs.get(names[i]) for i in written)
         return result
 
     def autograd(keyset: Any, *args: Any, **kwargs: Any) -> Any:

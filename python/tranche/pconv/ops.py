@@ -46,8 +46,8 @@ def partial_conv2d(
     Raises:
         ValueError: a wrong shape, dtype, device or number, or arguments that would change H, W or the channels.
     """
-    return _library.ops().partial_conv2d(
-        x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups, start
+    return _library.call(
+        "partial_conv2d", x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups, start
     )
 
 
@@ -70,8 +70,8 @@ def partial_conv2d_(
         ValueError: as `partial_conv2d`; or elements of x share memory with one another, with weight or with bias.
         RuntimeError: a tensor requires grad: the backward pass needs the x that is overwritten.
     """
-    _library.ops().partial_conv2d_(
-        x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups, start
+    _library.call_inplace(
+        "partial_conv2d_", x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups, start
     )
 
 
@@ -98,8 +98,8 @@ def conv2d_slice(
     Raises:
         ValueError: a wrong shape, dtype, device or number.
     """
-    return _library.ops().conv2d_slice(
-        x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups, start
+    return _library.call(
+        "conv2d_slice", x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups, start
     )
 
 
@@ -152,8 +152,8 @@ def partial_mlp(
             "Other activations are not fused."
         )
     code = ACTIVATIONS[activation]
-    return _library.ops().partial_mlp(
-        x, conv_weight, w1, b1, w2, b2, code, gate, spatial_weight, spatial_bias, residual
+    return _library.call(
+        "partial_mlp", x, conv_weight, w1, b1, w2, b2, code, gate, spatial_weight, spatial_bias, residual
     )
 
 
@@ -174,7 +174,7 @@ def channel_stats(x: Tensor, start: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: a wrong shape, dtype or start.
     """
-    return _library.ops().channel_stats(x, start)
+    return _library.call("channel_stats", x, start)
 
 
 _library.register_inplace("partial_conv2d_")

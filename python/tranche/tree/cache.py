@@ -52,7 +52,8 @@ def write_cache_(
             TRANCHE_CHECK=1; otherwise lengths and pages are clamped into the cache, positions to the last).
     """
     cos, sin = rope if rope is not None else (None, None)
-    _library.ops().tree_write_cache_(
+    _library.call_inplace(
+        "tree_write_cache_",
         k,
         v,
         k_cache,
@@ -110,8 +111,8 @@ def compact_cache_(
         IndexError: a path that does not ascend from the root or leaves the cache, a length past it (CPU, and
             elsewhere under TRANCHE_CHECK=1; otherwise such an entry moves nothing, and lengths are clamped).
     """
-    _library.ops().tree_compact_cache_(
-        list(caches), accepted.path, accepted.length, cache_seqlens, block_table
+    _library.call_inplace(
+        "tree_compact_cache_", list(caches), accepted.path, accepted.length, cache_seqlens, block_table
     )
 
 
