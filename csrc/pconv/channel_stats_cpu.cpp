@@ -16,46 +16,57 @@ namespace {
 
 constexpr int64_t kChunk = 256, kPartial = 16, kTogether = 16;  // channels of a task
 
+// One value of each channel of a task.
 template <class A>
-struct Moments {
-  A mean[kTogether] = {}, square[kTogether] = {};  // square: the sum of (x - mean)^2
+struct LanesOf {
+  typedef A type __attribute__((vector_size(kTogether * sizeof(A))));
 };
 
 template <class A>
-TRANCHE_INLINE void fold(A (&partial)[kPartial][kTogether]) {
-  for (int64_t half = kPartial / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) {
-      for (int64_t c = 0; c < kTogether; ++c) partial[i][c] += partial[i + half][c];
+struct Moments {
+  typename LanesOf<A>::type mean = {}, square = {};  // square: the sum of (x - mean)^2
+};
+
+// The sum of f(pixel) over `count` pixels of kTogether channels each, `step` elements apart.
+template <class A, class F>
+TRANCHE_INLINE typename LanesOf<A>::type sum(const A* values, int64_t step, int64_t count, const F& f) {
+  typename LanesOf<A>::type partial[kPartial] = {};
+  for (int64_t i = 0; i < count; i += kPartial) {
+    const bool whole = i + kPartial <= count;
+    // Numbers of partial sums are constants, or these would live in memory.
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kPartial; ++r) {
+      if (!whole && i + r >= count) break;
+      typename LanesOf<A>::type pixel;
+      __builtin_memcpy(&pixel, values + (i + r) * step, sizeof pixel);
+      partial[r] += f(pixel);
     }
   }
+#pragma GCC unroll 4
+  for (int64_t half = kPartial / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < half; ++r) partial[r] += partial[r + half];
+  }
+  return partial[0];
 }
 
-// values: [count][kTogether].
 template <class A>
-TRANCHE_INLINE void add_chunk(const A* values, int64_t count, int64_t before, Moments<A>& all) {
-  A partial[kPartial][kTogether] = {}, mean[kTogether];
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t c = 0; c < kTogether; ++c) partial[i % kPartial][c] += values[i * kTogether + c];
+TRANCHE_INLINE void add_chunk(const A* values, int64_t step, int64_t count, int64_t before, Moments<A>& all) {
+  using Lanes = typename LanesOf<A>::type;
+  const Lanes mean = sum(values, step, count, [](const Lanes& pixel) { return pixel; }) / A(count);
+  const Lanes square = sum(values, step, count, [&](const Lanes& pixel) {
+    const Lanes off = pixel - mean;
+    return off * off;
+  });
+  // the first chunk as it is: infinity * 0 would be NaN
+  if (before == 0) {
+    all.mean = mean, all.square = square;
+    return;
   }
-  fold(partial);
-  for (int64_t c = 0; c < kTogether; ++c) mean[c] = partial[0][c] / A(count);
-  for (int64_t i = 0; i < kPartial; ++i) {
-    for (int64_t c = 0; c < kTogether; ++c) partial[i][c] = A(0);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t c = 0; c < kTogether; ++c) {
-      const A off = values[i * kTogether + c] - mean[c];
-      partial[i % kPartial][c] += off * off;
-    }
-  }
-  fold(partial);
   const A share = A(count) / A(before + count), weight = A(before) * share;
-  for (int64_t c = 0; c < kTogether; ++c) {
-    const A apart = mean[c] - all.mean[c];
-    // the first chunk as it is: infinity * 0 would be NaN
-    all.square[c] = before == 0 ? partial[0][c] : all.square[c] + partial[0][c] + apart * apart * weight;
-    all.mean[c] = before == 0 ? mean[c] : all.mean[c] + apart * share;
-  }
+  const Lanes apart = mean - all.mean;
+  all.square = all.square + square + apart * apart * weight;
+  all.mean += apart * share;
 }
 
 template <class T, class A>
@@ -68,8 +79,15 @@ void measure(const ChannelStatsParams& p) {
     const T* x = static_cast<const T*>(p.x) + b * p.x_stride[0] + (p.start + first) * p.x_stride[1];
     A values[kChunk * kTogether] = {};
     Moments<A> all;
+    // Whole pixels of the type that is computed in, equally spaced, are read where they lie.
+    const bool in_place = __is_same(T, A) && live == kTogether && p.x_stride[1] == 1 &&
+                          p.x_stride[2] == p.width * p.x_stride[3];
     for (int64_t at = 0; at < pixels; at += kChunk) {
       const int64_t count = least(kChunk, pixels - at);
+      if (in_place) {
+        add_chunk(reinterpret_cast<const A*>(x + at * p.x_stride[3]), p.x_stride[3], count, at, all);
+        continue;
+      }
       for (int64_t i = 0; i < count;) {  // runs within image rows
         const int64_t column = (at + i) % p.width, run = least(p.width - column, count - i);
         const T* from = x + (at + i) / p.width * p.x_stride[2] + column * p.x_stride[3];
@@ -77,7 +95,7 @@ void measure(const ChannelStatsParams& p) {
                     kTogether);
         i += run;
       }
-      add_chunk(values, count, at, all);
+      add_chunk(values, kTogether, count, at, all);
     }
     for (int64_t c = 0; c < live; ++c) {
       const int64_t to = b * kept + first + c;
