@@ -91,14 +91,15 @@ def call(op: str, *args: Any) -> Any:
         return function(*args)
 
 
-def call_inplace(op: str, *args: Any) -> None:
+def call_inplace(op: str, *args: Any, **kwargs: Any) -> Any:
     """`call` for an op that `register_inplace` was told of; the tensors that it writes get their new version here."""
     function = getattr(getattr(torch.ops, _active), op)
-    if torch.compiler.is_compiling() or _needs_grad(args):
-        return function(*args)
+    if torch.compiler.is_compiling() or _needs_grad(args) or _needs_grad(kwargs.values()):
+        return function(*args, **kwargs)
     with _BelowInplace():
-        function(*args)
-    _raise_versions(args[i] for i in _written[op])
+        result = function(*args, **kwargs)
+    _raise_versions(op, args, kwargs)
+    return result
 
 
 def register_fake(op: str) -> Callable[[_F], _F]:
@@ -115,7 +116,7 @@ def register_fake(op: str) -> Callable[[_F], _F]:
 _BelowAutograd: Any = torch._C._AutoDispatchBelowAutograd
 _BelowInplace: Any = torch._C._AutoDispatchBelowADInplaceOrView
 _autograd_kernels: list[torch.library.Library] = []
-_written: dict[str, list[int]] = {}  # which arguments an op in place writes
+_written: dict[str, list[tuple[int, str]]] = {}  # which arguments an op in place writes, by place and name
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
@@ -126,7 +127,8 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-def _raise_versions(values: Iterable[Any]) -> None:
+def _raise_versions(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    values = (args[i] if i < len(args) else kwargs.get(name) for i, name in _written[op])
     # tensors of inference mode have no version to raise
     torch.autograd.graph.increment_version([t for t in _tensors(values) if not t.is_inference()])
 
@@ -141,15 +143,16 @@ def register_inplace(op: str) -> None:
     for namespace in NAMESPACES:
         overload = getattr(getattr(torch.ops, namespace), op).default
         arguments = overload._schema.arguments
-        written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
-        _written[op] = written
-        _register_inplace(namespace, op, overload, [argument.name for argument in arguments], written)
+        _written[op] = [
+            (i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write
+        ]
+        _register_inplace(namespace, op, overload, [argument.name for argument in arguments])
 
 
-def _register_inplace(namespace: str, op: str, overload: Any, names: list[str], written: list[int]) -> None:
+def _register_inplace(namespace: str, op: str, overload: Any, names: list[str]) -> None:
     def inplace(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         result = overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
-        _raise_versions(args[i] if i < len(args) else kwargs.get(names[i]) for i in written)
+        _raise_versions(op, args, kwargs)
         return result
 
     def autograd(keyset: Any, *args: Any, **kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tranche.pconv import conv2d_slice, partial_conv2d, partial_conv2d_
+from tranche.tree import Tree, tree_attention
 
 
 def _arguments():
@@ -36,6 +37,16 @@ def test_a_write_in_place_is_a_new_version():
     assert x._version == version + 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kept.sum().backward()
+
+
+def test_a_write_to_out_is_a_new_version():
+    tree = Tree.chain(3, 1)
+    q, cache = torch.randn(1, 3, 2, 64), torch.randn(1, 8, 2, 64)
+    out, lengths = torch.empty_like(q), torch.tensor([4], dtype=torch.int32)
+    version = out._version
+    tree_attention(q, cache, cache, lengths, tree, out=out)
+    assert out._version == version + 1
+    assert torch.equal(out, tree_attention(q, cache, cache, lengths, tree))
 
 
 def test_a_write_in_place_in_inference_mode():

@@ -125,7 +125,7 @@ def tree_attention(
         exact,
     )
     if out is not None:
-        lse = _library.ops().tree_attention_out(*arguments, out=out)
+        lse = _library.call_inplace("tree_attention_out", *arguments, out=out)
         return (out, lse) if return_lse else out
     result, lse = _library.ops().tree_attention(*arguments)
     return (result, lse) if return_lse else result
