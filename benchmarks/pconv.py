@@ -1,4 +1,4 @@
-"""Rows of the family `pconv`: partial convolution and the fused block, at PartialNet's stage shapes; its networks."""
+"""Rows of the family `pconv`: partial convolution, its weight's gradient and the fused block; its networks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import pconv_network
 from benchmarks.harness import Row, Workload
-from tranche.pconv import partial_conv2d, partial_conv2d_, partial_mlp, reference
+from tranche.pconv import conv2d_slice_weight_grad, partial_conv2d, partial_conv2d_, partial_mlp, reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EMBEDDINGS = {"t0": 32, "t1": 48, "t2": 64, "s": 96, "m": 128, "l": 160}
@@ -144,6 +144,56 @@ def row(op: str, name: str, shape: Shape, dtype: str, layout: str, device: str, 
     )
 
 
+def weight_grad_row(shape: Shape, dtype: str, device: str) -> Row:
+    """The gradient of a 3x3 convolution's weight, from slices of a quarter of the channels, channels_last."""
+    batch, channels, side = shape
+    pixels, width, size = batch * side * side, channels // 4, DTYPES[dtype].itemsize
+
+    def build(buffers: int) -> Workload:
+        x, grad = (torch.randn(shape[0], channels, side, side, device=device) for _ in range(2))
+        x, grad = x.to(DTYPES[dtype]), grad.to(DTYPES[dtype])
+        weight = torch.empty(width, width, 3, 3, dtype=DTYPES[dtype], device=device)
+        copies = {
+            name: [tuple(t.clone(memory_format=f) for t in (grad, x)) for _ in range(buffers)]
+            for name, f in FORMATS.items()
+        }
+
+        def torchs(layout: str) -> Callable[[int], Tensor]:
+            def call(i: int) -> Tensor:
+                grad, x = (t[:, :width] for t in copies[layout][i])
+                return torch.ops.aten.convolution_backward(
+                    grad, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
+                )[1]
+
+            return call
+
+        def ours(i: int) -> Tensor:
+            grad, x = copies["nhwc"][i]
+            return conv2d_slice_weight_grad(grad[:, :width], x, weight.shape, padding=1)
+
+        want = reference.conv2d_slice_weight_grad(
+            grad[:, :width].double(), x.double(), list(weight.shape), padding=1
+        )
+        return Workload(
+            ours,
+            {"torch": torchs("nhwc"), "torch_nchw": torchs("nchw")},
+            lambda got: float((got.double() - want).abs().max() / want.abs().max()),
+            1e-5 if dtype == "fp32" else 1e-2,
+        )
+
+    return Row(
+        op="pconv_weight_grad",
+        shape=f"bar {batch}x{channels}x{side}x{side} nhwc",
+        dtype=dtype,
+        bytes_read=2 * pixels * width * size,
+        bytes_written=9 * width * width * size,
+        operations=2 * pixels * 9 * width * width,
+        math="fp32" if dtype == "fp32" else "bf16",
+        build=build,
+        quick=shape[0] != 1 and dtype == "bf16",
+    )
+
+
 def rows(device: str) -> list[Row]:
     """The barred shapes first, then every stage of every model."""
     result = []
@@ -151,6 +201,7 @@ def rows(device: str) -> list[Row]:
         for dtype in DTYPES if device == "cpu" else ("bf16",):
             for op in ("pconv_conv2d", "pconv_conv2d_", "pconv_mlp"):
                 result.append(row(op, "bar", shape, dtype, "nhwc", device, barred=True))
+            result.append(weight_grad_row(shape, dtype, device))
     for model, embedding in EMBEDDINGS.items():
         for stage in range(4):
             for batch in (1, 32, 256):

@@ -316,6 +316,12 @@ def _(ops: Any, device: str, dtype: torch.dtype) -> None:
     ops.conv2d_slice(*convolution(device, dtype), padding=[1, 1])
 
 
+@call("conv2d_slice_weight_grad", *FLOATS)
+def _(ops: Any, device: str, dtype: torch.dtype) -> None:
+    x, weight = convolution(device, dtype)
+    ops.conv2d_slice_weight_grad(normal(device, dtype, 2, 6, 7, 7), x, weight.shape, padding=[1, 1])
+
+
 @call("partial_mlp", *FLOATS)
 def _(ops: Any, device: str, dtype: torch.dtype) -> None:
     x, weight = convolution(device, dtype)

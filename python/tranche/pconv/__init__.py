@@ -10,7 +10,14 @@ from tranche.pconv.dynamic import DPConv, freeze, order_loss, resource_at, resou
 from tranche.pconv.export import export_onnx
 from tranche.pconv.fold import fold
 from tranche.pconv.modules import PartialConv, replace_partial_convs
-from tranche.pconv.ops import channel_stats, conv2d_slice, partial_conv2d, partial_conv2d_, partial_mlp
+from tranche.pconv.ops import (
+    channel_stats,
+    conv2d_slice,
+    conv2d_slice_weight_grad,
+    partial_conv2d,
+    partial_conv2d_,
+    partial_mlp,
+)
 from tranche.pconv.partialnet import (
     PartialBlock,
     PartialNet,
@@ -32,6 +39,7 @@ __all__ = [
     "PartialNet",
     "channel_stats",
     "conv2d_slice",
+    "conv2d_slice_weight_grad",
     "export_onnx",
     "fold",
     "freeze",

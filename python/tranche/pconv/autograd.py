@@ -1,8 +1,8 @@
 """Gradients of the family, composed of its own ops and torch's, so that they have gradients themselves.
 
 The gradient of a partial convolution with respect to x is a partial convolution: the same kernel with the weight's
-taps reversed and its channels exchanged, the other channels passing through. The gradient of the weight is torch's
-(training passes may use torch's matmuls).
+taps reversed and its channels exchanged, the other channels passing through. The gradient of the weight is an op of
+its own, linear in both its tensors: its gradients are a convolution and a transposed one.
 """
 
 from __future__ import annotations
@@ -30,37 +30,48 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.geometry, ctx.groups, ctx.start = geometry, groups, start
 
 
-def _weight_and_bias(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _weight_and_bias(namespace: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of weight and bias from that of the convolved slice."""
     x, weight = ctx.saved_tensors
     needs_weight, needs_bias = ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]
     grad_weight = None
     if needs_weight:
-        part = x.narrow(1, ctx.start, ctx.groups * weight.size(1))
-        _, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad, part, weight, None, *ctx.geometry, False, [0, 0], ctx.groups, [False, True, False]
-        )
+        op = getattr(torch.ops, namespace).conv2d_slice_weight_grad
+        grad_weight = op(grad, x, weight.shape, *ctx.geometry, ctx.groups, ctx.start)
     return grad_weight, grad.sum((0, 2, 3)) if needs_bias else None
 
 
-def _reversed_padding(ctx: Any, weight: Tensor) -> list[int]:
-    _, padding, dilation = ctx.geometry
+def _reversed_padding(geometry: list[Any], weight: Tensor) -> list[int]:
+    _, padding, dilation = geometry
     return [dilation[i] * (weight.size(2 + i) - 1) - padding[i] for i in range(2)]
 
 
-def _input(ctx: Any, grad: Tensor) -> Tensor:
-    """torch's gradient of the slice of x, for what is a transposed convolution and no convolution."""
-    x, weight = ctx.saved_tensors
-    part = x.narrow(1, ctx.start, ctx.groups * weight.size(1))
+def _transposed(grad: Tensor, part: Tensor, weight: Tensor, geometry: list[Any], groups: int) -> Tensor:
+    """torch's gradient of the convolved channels of x, for what is a transposed convolution and no convolution."""
     grad_part, _, _ = torch.ops.aten.convolution_backward(
-        grad, part, weight, None, *ctx.geometry, False, [0, 0], ctx.groups, [True, False, False]
+        grad, part, weight, None, *geometry, False, [0, 0], groups, [True, False, False]
     )
     return grad_part
 
 
+def _slice_input(
+    namespace: str, grad: Tensor, x: Tensor, weight: Tensor, geometry: list[Any], groups: int, start: int
+) -> Tensor:
+    """The gradient of x, of which conv2d_slice has taken a slice."""
+    stride, _, dilation = geometry
+    padding, width = _reversed_padding(geometry, weight), groups * weight.size(1)
+    # With stride 1 the rotated kernel serves; the rest is a transposed convolution.
+    if list(stride) == [1, 1] and min(padding) >= 0:
+        op = getattr(torch.ops, namespace).conv2d_slice
+        part = op(grad, _rotated(weight, groups), None, stride, padding, dilation, groups, 0)
+    else:
+        part = _transposed(grad, x.narrow(1, start, width), weight, geometry, groups)
+    return F.pad(part, (0, 0, 0, 0, start, x.size(1) - start - width))
+
+
 def _register_partial_conv2d(namespace: str) -> None:
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        _, weight = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         stop = ctx.start + weight.size(0)
         part = grad[:, ctx.start : stop]
         grad_x = None
@@ -69,11 +80,12 @@ def _register_partial_conv2d(namespace: str) -> None:
             # a stride that keeps the size is possible: on images of one row and column
             if list(stride) == [1, 1]:
                 op = getattr(torch.ops, namespace).partial_conv2d
-                turned, padding = _rotated(weight, ctx.groups), _reversed_padding(ctx, weight)
+                turned, padding = _rotated(weight, ctx.groups), _reversed_padding(ctx.geometry, weight)
                 grad_x = op(grad, turned, None, stride, padding, dilation, ctx.groups, ctx.start)
             else:
-                grad_x = torch.cat([grad[:, : ctx.start], _input(ctx, part), grad[:, stop:]], dim=1)
-        return grad_x, *_weight_and_bias(ctx, part), None, None, None, None, None
+                turned = _transposed(part, x[:, ctx.start : stop], weight, ctx.geometry, ctx.groups)
+                grad_x = torch.cat([grad[:, : ctx.start], turned, grad[:, stop:]], dim=1)
+        return grad_x, *_weight_and_bias(namespace, ctx, part), None, None, None, None, None
 
     torch.library.register_autograd(f"{namespace}::partial_conv2d", backward, setup_context=_save)
 
@@ -83,20 +95,31 @@ def _register_conv2d_slice(namespace: str) -> None:
         x, weight = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:
-            stride, _, dilation = ctx.geometry
-            turned_padding = _reversed_padding(ctx, weight)
-            width = ctx.groups * weight.size(1)
-            # With stride 1 the rotated kernel serves; the rest is a transposed convolution.
-            if list(stride) == [1, 1] and min(turned_padding) >= 0:
-                op = getattr(torch.ops, namespace).conv2d_slice
-                turned = _rotated(weight, ctx.groups)
-                part = op(grad, turned, None, stride, turned_padding, dilation, ctx.groups, 0)
-            else:
-                part = _input(ctx, grad)
-            grad_x = F.pad(part, (0, 0, 0, 0, ctx.start, x.size(1) - ctx.start - width))
-        return grad_x, *_weight_and_bias(ctx, grad), None, None, None, None, None
+            grad_x = _slice_input(namespace, grad, x, weight, ctx.geometry, ctx.groups, ctx.start)
+        return grad_x, *_weight_and_bias(namespace, ctx, grad), None, None, None, None, None
 
     torch.library.register_autograd(f"{namespace}::conv2d_slice", backward, setup_context=_save)
+
+
+def _save_weight_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_y, x, _, *ctx.geometry, ctx.groups, ctx.start = inputs
+    ctx.save_for_backward(grad_y, x)
+
+
+def _register_weight_grad(namespace: str) -> None:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        grad_y, x = ctx.saved_tensors
+        grad_grad_y = grad_x = None
+        if ctx.needs_input_grad[0]:
+            op = getattr(torch.ops, namespace).conv2d_slice
+            grad_grad_y = op(x, grad, None, *ctx.geometry, ctx.groups, ctx.start)
+        if ctx.needs_input_grad[1]:
+            grad_x = _slice_input(namespace, grad_y, x, grad, ctx.geometry, ctx.groups, ctx.start)
+        return grad_grad_y, grad_x, None, None, None, None, None, None
+
+    torch.library.register_autograd(
+        f"{namespace}::conv2d_slice_weight_grad", backward, setup_context=_save_weight_grad
+    )
 
 
 def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -114,7 +137,8 @@ def _activated(activation: int, a: Tensor, grad: Tensor | None) -> Tensor:
 def _register_partial_mlp(namespace: str) -> None:
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, conv_weight, w1, b1, w2, gate, spatial_weight, spatial_bias = ctx.saved_tensors
-        conv = getattr(torch.ops, namespace).conv2d_slice
+        ops = getattr(torch.ops, namespace)
+        conv = ops.conv2d_slice
         width, channels = conv_weight.size(0), x.size(1)
         geometry = [1, 1], [1, 1], [1, 1], 1, 0
 
@@ -150,9 +174,7 @@ def _register_partial_mlp(namespace: str) -> None:
         x_grad = conv(mixed_grad, _rotated(conv_weight, 1), None, *geometry)
         through = (kept_grad if factor is None else kept_grad * factor).movedim(-1, 1)
         x_grad = torch.cat([x_grad, through], dim=1)
-        _, conv_grad, _ = torch.ops.aten.convolution_backward(
-            mixed_grad, x[:, :width], conv_weight, None, *geometry[:3], False, [0, 0], 1, [False, True, False]
-        )
+        conv_grad = ops.conv2d_slice_weight_grad(mixed_grad, x, conv_weight.shape, *geometry)
         return (
             x_grad + grad if ctx.residual else x_grad,
             conv_grad,
@@ -193,3 +215,4 @@ for _namespace in _library.NAMESPACES:
     )
     _register_partial_conv2d(_namespace)
     _register_conv2d_slice(_namespace)
+    _register_weight_grad(_namespace)

@@ -16,6 +16,13 @@ def _conv2d_slice(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwar
     return 2 * batch * height * width * math.prod(weight)
 
 
+def _weight_grad(
+    grad_y: Any, x: Any, weight_size: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    batch, _, height, width = grad_y
+    return 2 * batch * height * width * math.prod(weight_size)
+
+
 def _partial_mlp(
     x: Any, conv_weight: Any, w1: Any, b1: Any, w2: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
@@ -26,4 +33,5 @@ def _partial_mlp(
 for _namespace in _library.NAMESPACES:
     _ops = getattr(torch.ops, _namespace)
     register_flop_formula([_ops.partial_conv2d, _ops.conv2d_slice])(_conv2d_slice)
+    register_flop_formula(_ops.conv2d_slice_weight_grad)(_weight_grad)
     register_flop_formula(_ops.partial_mlp)(_partial_mlp)

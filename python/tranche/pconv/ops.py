@@ -103,6 +103,38 @@ def conv2d_slice(
     )
 
 
+def conv2d_slice_weight_grad(
+    grad_y: Tensor,
+    x: Tensor,
+    weight_size: Sequence[int],
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *,
+    start: int = 0,
+) -> Tensor:
+    """The gradient of the weight of `conv2d_slice(x, weight, ...)`, given that of its result.
+
+    Pixels are cut into chunks at places that depend on the shapes alone; their sums are added in order. The same bits
+    come out whatever the threads.
+
+    Args:
+        grad_y: [B, c_out, H', W'], of the size of that result, any strides.
+        x: [B, C, H, W], as for `conv2d_slice`, of the dtype of grad_y.
+        weight_size: [c_out, c / groups, kh, kw].
+        stride, padding, dilation, groups, start: as for `conv2d_slice`.
+
+    Returns:
+        weight_size, of the dtype of x. Differentiable.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or number.
+    """
+    geometry = _pair(stride), _pair(padding), _pair(dilation)
+    return _library.call("conv2d_slice_weight_grad", grad_y, x, list(weight_size), *geometry, groups, start)
+
+
 ACTIVATIONS = {"relu": 0, "gelu": 1}
 
 
@@ -249,3 +281,17 @@ def _(
     if not x.is_contiguous() and x.stride(1) == 1:
         return x.new_empty((batch, out_height, out_width, c_out)).permute(0, 3, 1, 2)
     return x.new_empty((batch, c_out, out_height, out_width))
+
+
+@_library.register_fake("conv2d_slice_weight_grad")
+def _(
+    grad_y: Tensor,
+    x: Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    start: int = 0,
+) -> Tensor:
+    return x.new_empty(weight_size)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 Pair = int | tuple[int, int]
 
@@ -23,6 +26,22 @@ def conv2d_slice(
     """See `tranche.pconv.conv2d_slice`."""
     part = x[:, start : start + groups * weight.size(1)]
     return F.conv2d(part, weight, bias, stride, padding, dilation, groups)
+
+
+def conv2d_slice_weight_grad(
+    grad_y: Tensor,
+    x: Tensor,
+    weight_size: Sequence[int],
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *,
+    start: int = 0,
+) -> Tensor:
+    """See `tranche.pconv.conv2d_slice_weight_grad`."""
+    part = x[:, start : start + groups * weight_size[1]]
+    return conv2d_weight(part, weight_size, grad_y, stride, padding, dilation, groups)
 
 
 def partial_conv2d(
