@@ -30,7 +30,16 @@ struct LaunchShape {
   bool overlaps_previous = false;
 };
 
+// What the current device offers to a launch that stays on it.
+struct DeviceLimits {
+  int processors;
+  size_t shared;  // bytes of shared memory that a block may have
+};
+
 #if defined(TRANCHE_SIM)
+
+// Few processors, so that a block that stays has several things to do.
+inline DeviceLimits device_limits() { return {2, size_t(227) << 10}; }
 
 template <class Params>
 void launch(const char* name, void (*kernel)(Params), const LaunchShape& shape, void* /*stream*/,
@@ -56,6 +65,15 @@ inline void check_cuda(cudaError_t status, const char* kernel, const char* what)
   if (status == cudaSuccess) return;
   throw std::runtime_error(std::string("tranche: ") + what + " of kernel " + kernel +
                            " failed: " + cudaGetErrorString(status));
+}
+
+inline DeviceLimits device_limits() {
+  int device = 0, processors = 0, shared = 0;
+  const char* what = "the look at the device";
+  check_cuda(cudaGetDevice(&device), "any", what);
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "any", what);
+  check_cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "any", what);
+  return {processors, size_t(shared)};
 }
 
 // Whether the code that the device would run waits where the source says so.

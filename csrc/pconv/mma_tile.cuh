@@ -55,6 +55,12 @@ struct MmaTile {
     uint32_t left[kRowTiles][4];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) ptx::ldmatrix_x4(left[m], a[m] + lane() / 16 * a_half);
+    step(left, b, columns, live);
+  }
+
+  // The same from fragments: left[m] of tile m, as mma wants it.
+  __device__ __forceinline__ void step(const uint32_t (&left)[kRowTiles][4], const uint4* b, int columns,
+                                       int live) {
 #pragma unroll
     for (int n = 0; n < kColumnTiles; n += 2) {
       if (n >= live) break;

@@ -50,6 +50,31 @@ __global__ void __launch_bounds__(PartialConv2dTraits::kThreads)
   static_cast<T*>(p.packed)[i] = value;
 }
 
+// Channels [16 chunk, 16 chunk + 16) of the slice, at x, of the pixels from (top, left) on: halo is [2][rows]
+// [columns]. Commits nothing.
+template <class T, int kThreads>
+__device__ __forceinline__ void load_halo(const PartialConv2dParams& conv, const T* x, int chunk, int64_t top,
+                                          int64_t left, int rows, int columns, bool dense, uint4* halo) {
+  // Neighbouring threads read neighbouring addresses: the halves of a pixel, or pixels.
+  const bool channels_last = conv.x_stride[1] == 1;
+  const int area = rows * columns;
+  for (int i = int(threadIdx.x); i < 2 * area; i += kThreads) {
+    const int half = channels_last ? i % 2 : i / area, cell = channels_last ? i / 2 : i % area;
+    const int64_t row = top + cell / columns, column = left + cell % columns;
+    const bool inside = row >= 0 && row < conv.height && column >= 0 && column < conv.width;
+    const int channel = chunk * PartialConv2dMmaTraits::kChunk + half * kUnit;
+    const T* from = x + (inside ? row * conv.x_stride[2] + column * conv.x_stride[3] : 0);
+    uint4* to = halo + half * area + cell;
+    if (dense && channel + kUnit <= conv.c_in) {
+      ptx::cp_async_16(to, from + channel, inside);
+    } else {
+      *to = gather_unit<T>([&](int e) {
+        return inside && channel + e < conv.c_in ? from[(channel + e) * conv.x_stride[1]] : T{};
+      });
+    }
+  }
+}
+
 // Block (x, y): tile x of all images, outputs from y * kOutputs.
 template <class T>
 __global__ void __launch_bounds__(PartialConv2dMmaTraits::kThreads)
@@ -80,25 +105,8 @@ __global__ void __launch_bounds__(PartialConv2dMmaTraits::kThreads)
   const int64_t left = first_x * conv.stride[1] - conv.padding[1];
   const uint4* packed =
       static_cast<const uint4*>(p.packed) + int64_t(blockIdx.y) * p.chunks * taps * 2 * kOutputs;
-  // Neighbouring threads read neighbouring addresses: the halves of a pixel, or pixels.
-  const bool channels_last = conv.x_stride[1] == 1;
-
   for (int chunk = 0; chunk < p.chunks; ++chunk, packed += taps * 2 * kOutputs) {
-    for (int i = thread; i < 2 * area; i += kThreads) {
-      const int half = channels_last ? i % 2 : i / area, cell = channels_last ? i / 2 : i % area;
-      const int64_t row = top + cell / p.halo_columns, column = left + cell % p.halo_columns;
-      const bool inside = row >= 0 && row < conv.height && column >= 0 && column < conv.width;
-      const int channel = chunk * Traits::kChunk + half * kUnit;
-      const T* from = x + (inside ? row * conv.x_stride[2] + column * conv.x_stride[3] : 0);
-      uint4* to = halo + half * area + cell;
-      if (p.dense && channel + kUnit <= conv.c_in) {
-        ptx::cp_async_16(to, from + channel, inside);
-      } else {
-        *to = gather_unit<T>([&](int e) {
-          return inside && channel + e < conv.c_in ? from[(channel + e) * conv.x_stride[1]] : T{};
-        });
-      }
-    }
+    load_halo<T, kThreads>(conv, x, chunk, top, left, p.halo_rows, p.halo_columns, p.dense, halo);
     for (int i = thread; i < taps * 2 * kOutputs; i += kThreads) {
       ptx::cp_async_16(weights + i, packed + i, true);
     }

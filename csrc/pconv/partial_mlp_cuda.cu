@@ -1,4 +1,4 @@
-#include "pconv/partial_mlp_mma.cuh"
+#include "pconv/partial_mlp_fused.cuh"
 
 #include "core/dispatch.h"
 
@@ -51,8 +51,56 @@ void run_layer(const PartialMlpLayerParams& layer, void* stream) {
   }
 }
 
+// One launch where all of a pixel fits into a block, by the widths and the type alone.
+bool is_fused(const PartialMlpParams& p) {
+  return p.type != DType::f32 && p.channels <= 128 &&
+         p.convolved <= PartialMlpFusedTraits<64, false>::kConvolved;
+}
+
+template <class T, class Traits>
+void run_fused(const PartialMlpParams& mlp, void* stream) {
+  PartialMlpFusedParams p{};
+  p.mlp = mlp;
+  p.conv = convolution_of(mlp);
+  p.units = int32_t(round_up(mlp.channels, 16) / kUnit);
+  p.conv_chunks = int32_t(round_up(mlp.convolved, 16) / 16);
+  p.chunks = (mlp.hidden + Traits::kHidden - 1) / Traits::kHidden;
+  p.tiles_x = (mlp.width + Traits::kWidth - 1) / Traits::kWidth;
+  p.tiles_y = (mlp.height + Traits::kHeight - 1) / Traits::kHeight;
+  const auto even = [&](const void* data, const int64_t (&stride)[4], int64_t to) {
+    return stride[1] == 1 && stride[0] % to == 0 && stride[2] % to == 0 && stride[3] % to == 0 &&
+           reinterpret_cast<uintptr_t>(data) % (2 * to) == 0;
+  };
+  p.dense = even(mlp.x, mlp.x_stride, kUnit);
+  p.pairs = even(mlp.x, mlp.x_stride, 2) && even(mlp.y, mlp.y_stride, 2);
+
+  // The weights stay if they fit; elsewhere their chunks pass by, one in use and one on its way.
+  const DeviceLimits limits = device_limits();
+  p.slots = p.chunks;
+  if (p.template shared_bytes<Traits>() > limits.shared) p.slots = 2;
+  const size_t shared = p.template shared_bytes<Traits>();
+  const int64_t tiles = mlp.batch * p.tiles_y * p.tiles_x, kept = int64_t(limits.shared / (shared + 1024));
+  const int64_t blocks = limits.processors * (kept < 1 ? 1 : kept);
+  launch("partial_mlp_fused", partial_mlp_fused_kernel<T, Traits>,
+         {dim3(unsigned(tiles < blocks ? tiles : blocks)), dim3(Traits::kThreads), shared}, stream, p);
+}
+
+template <class T>
+void run_fused(const PartialMlpParams& p, void* stream) {
+  if (p.spatial_weight == nullptr) {
+    p.channels <= 64 ? run_fused<T, PartialMlpFusedTraits<64, false>>(p, stream)
+                     : run_fused<T, PartialMlpFusedTraits<128, false>>(p, stream);
+  } else {
+    p.channels <= 64 ? run_fused<T, PartialMlpFusedTraits<64, true>>(p, stream)
+                     : run_fused<T, PartialMlpFusedTraits<128, true>>(p, stream);
+  }
+}
+
 template <class T>
 void run(const PartialMlpParams& p, void* stream) {
+  if constexpr (sizeof(T) == 2) {
+    if (is_fused(p)) return run_fused<T>(p, stream);
+  }
   const Space space(p);
   char* workspace = static_cast<char*>(p.workspace);
   PartialMlpLayerParams layer{};
@@ -78,7 +126,7 @@ void run(const PartialMlpParams& p, void* stream) {
 
 }  // namespace
 
-size_t partial_mlp_workspace(const PartialMlpParams& p) { return size_t(Space(p).bytes); }
+size_t partial_mlp_workspace(const PartialMlpParams& p) { return is_fused(p) ? 0 : size_t(Space(p).bytes); }
 
 void partial_mlp(const PartialMlpParams& p, void* stream) {
   with_type<float, half, bf16>("partial_mlp", p.type, [&](auto t) { run<decltype(t)>(p, stream); });

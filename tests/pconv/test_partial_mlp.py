@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.pconv.convolutions import same_bits
+from tranche import testing
 from tranche.pconv import partial_mlp, reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,6 +96,15 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "one channel": {"width": 1, "hidden": 1},
     "one pixel": {"size": (1, 1), "batch": 3},
     "one row": {"size": (1, 9)},
+    "several tiles": {"size": (11, 18)},
+    "two chunks convolved": {"channels": 72, "width": 18, "hidden": 40, "spatial": True},
+    "half convolved": {"channels": 48, "width": 33, "hidden": 16, "gated": True, "spatial": True},
+    "wide": {"channels": 136, "width": 34, "hidden": 48, "spatial": True, "batch": 1},
+}
+# On CUDA, weights that pass through shared memory because they do not fit.
+STREAMED: dict[str, dict[str, Any]] = {
+    "deep": {"channels": 20, "width": 5, "hidden": 2500},
+    "gated": {"channels": 64, "width": 16, "hidden": 1000, "gated": True, "spatial": True, "size": (9, 9)},
 }
 
 
@@ -108,6 +118,30 @@ def test_against_reference(backend, name, dtype, channels_last):
     assert_correct(block, y)
     assert y.stride() == torch.empty_like(before).stride()
     assert same_bits(block.tensors["x"], before)
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_deep(backend, name):
+    for dtype in (torch.bfloat16, torch.float16):
+        block = make_block(dtype=dtype, channels_last=True, device=backend.device, **STREAMED[name])
+        assert_correct(block, block.run())
+
+
+def test_every_seed_of_the_simulator():
+    block = make_block(
+        size=(9, 17),
+        gated=True,
+        spatial=True,
+        channels=72,
+        width=18,
+        dtype=torch.bfloat16,
+        channels_last=True,
+    )
+    results = []
+    for seed in range(5):
+        with testing.use_simulator(seed=seed):
+            results.append(block.run())
+    assert all(same_bits(results[0], other) for other in results[1:])
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
