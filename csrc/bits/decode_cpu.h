@@ -147,18 +147,17 @@ TRANCHE_INLINE void decode_tile(const Streams& from, int64_t t, Rounding roundin
   }
 }
 
-// Brings a tile of later nearer: so many streams at once are more than hardware foresees. `passing`: it will
-// be read from the first cache and not again, so that the others may keep what they have.
-template <int slices, bool passing>
+// Brings a tile of later nearer, into all caches: so many streams at once are more than hardware foresees.
+template <int slices>
 TRANCHE_INLINE void prefetch_tile(const Streams& from, int64_t t) {
-  constexpr int kTwos = slices < 4 ? slices - 1 : 3, kLocality = passing ? 0 : 3;
+  constexpr int kTwos = slices < 4 ? slices - 1 : 3;
 #pragma GCC unroll 3
   for (int i = 0; i < kTwos; ++i) {
-    __builtin_prefetch(from.two[i] + t * 128, 0, kLocality);
-    __builtin_prefetch(from.two[i] + t * 128 + 64, 0, kLocality);
+    __builtin_prefetch(from.two[i] + t * 128);
+    __builtin_prefetch(from.two[i] + t * 128 + 64);
   }
-  __builtin_prefetch(from.one[0] + t * 64, 0, kLocality);
-  if constexpr (slices >= 5) __builtin_prefetch(from.one[1] + t * 64, 0, kLocality);
+  __builtin_prefetch(from.one[0] + t * 64);
+  if constexpr (slices >= 5) __builtin_prefetch(from.one[1] + t * 64);
 }
 
 // f with `slices` and `exact` of decode_tile as constants.
@@ -185,7 +184,7 @@ template <int slices, bool exact>
 static void decode_run(const Streams& from, int64_t begin, int64_t end, int64_t ahead, Rounding rounding,
                        uint8_t* to) {
   for (int64_t t = begin; t < end; ++t) {
-    prefetch_tile<slices, false>(from, t + ahead);
+    prefetch_tile<slices>(from, t + ahead);
     uint8_t* units = to + (t - begin) * kTileBytes8;
     decode_tile<slices, exact>(from, t, rounding, [units](int unit, int part, Bytes x) {
       bstore(units + 64 * unit + int(sizeof(Bytes)) * part, x);
@@ -226,7 +225,7 @@ static void dot_run(const Streams& from, int64_t begin, int64_t end, Rounding ro
     for (int c = 0; c < kChains; ++c) sum[i][c] = bset(0);
   }
   for (int64_t t = begin; t < end; ++t) {
-    prefetch_tile<slices, true>(from, t + kAhead);
+    prefetch_tile<slices>(from, t + kAhead);
     const uint32_t* words = x + (t - begin) * kUnits;
     decode_tile<slices, exact>(from, t, rounding, [&](int unit, int part, Bytes w) {
       sum[part][unit % kChains] = bdot(sum[part][unit % kChains], w, bspread(words[unit]));

@@ -203,6 +203,10 @@ class _Linear(torch.autograd.Function):
         return grad_x, None, None, grad_bias, None
 
 
+# Cold, the way from a namespace to its op takes longer than a check of the arguments.
+_LINEAR = {name: getattr(torch.ops, name).bits_linear.default for name in _library.NAMESPACES}
+
+
 def linear(
     x: Tensor,
     packed: PackedWeight,
@@ -241,7 +245,7 @@ def linear(
             data, *layout = _flat("linear", packed)
             out = _Linear.apply(rows, data, scale, bias, (*layout, bits, activation_bits))
         else:
-            out = _library.ops().bits_linear.default(
+            out = _LINEAR[_library.active()](
                 rows,
                 packed.data,
                 scale,
