@@ -50,8 +50,9 @@ TRANCHE_HD int bits_above(int slice) {
 
 // The stream of one slice of the guarded planes, from one tile on.
 TRANCHE_HD const uint8_t* slice_stream(const PackedWeight& w, int slice, int64_t tile) {
-  const int64_t width = slice == 1 || slice == 4 ? 1 : 2;
-  return w.data + kPlaneBytes * (bits_above(slice) * w.row_tiles * w.input_tiles + width * tile);
+  const int64_t before = kPlaneBytes * bits_above(slice);
+  const int64_t bytes = slice == 1 || slice == 4 ? kPlaneBytes : 2 * kPlaneBytes;
+  return w.data + before * w.row_tiles * w.input_tiles + bytes * tile;
 }
 
 // The stream of one single plane, u7 the first. u5 and u0 lie where the guarded planes have them.
