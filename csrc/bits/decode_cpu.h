@@ -107,8 +107,8 @@ template <bool single_, int planes_, bool exact_>
 struct Reading {
   static constexpr bool single = single_, exact = exact_;
   static constexpr int planes = planes_;
-  static constexpr int twos = planes < 4 ? 1 : planes < 6 ? 2 : 3;  // slices of two bits, of which the last
-  static constexpr bool whole = planes != 4 && planes != 6;         // may lack the lower
+  static constexpr int twos = planes < 4 ? 1 : planes < 6 ? 2 : 3;  // slices of two bits
+  static constexpr bool whole = planes != 4 && planes != 6;         // the last of them, with both its bits
 };
 
 // Where a row of tiles starts in each stream.
