@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.harness import Row, Workload
 from tranche import bits
 from tranche.bits import PackedWeight, reference
+from tranche.bits.packed import LAYOUTS, Layout
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,22 @@ class Linear:
     """
 
     def __init__(
-        self, layer: Layer, rows: int, width: int, activation_bits: int | None, device: str, rotation: int
+        self,
+        layer: Layer,
+        rows: int,
+        width: int,
+        activation_bits: int | None,
+        layout: Layout,
+        device: str,
+        rotation: int,
     ):
         self.width, self.activation_bits = width, activation_bits
         self.rotation = rotation
         codes = torch.randint(-128, 128, (layer.outputs, layer.inputs), dtype=torch.int8, device=device)
         self.scale = torch.rand(layer.outputs, device=device) * 1e-3
-        first = bits.pack(codes)
+        first = bits.pack(codes, layout=layout)
         read = first.bytes_read(width)
-        self.packed = [
-            PackedWeight(prefix_copy(first.data, read), layer.outputs, layer.inputs)
-            for _ in range(self.copies(read))
-        ]
+        self.packed = [replace(first, data=prefix_copy(first.data, read)) for _ in range(self.copies(read))]
         weight = bits.dequantize(first, self.scale, width, torch.bfloat16)
         self.bf16 = [weight.clone() for _ in range(self.copies(2 * weight.numel()))]
         self.fp32 = [weight.float() for _ in range(self.copies(4 * weight.numel()))]
@@ -130,22 +135,27 @@ def linear_row(
     device: str,
     *,
     activation_bits: int | None = 8,
+    layout: Layout = "guarded",
     bars: dict[str, float] | None = None,
     least_percent: float | None = None,
     quick: bool = False,
 ) -> Row:
     """One layer at one precision."""
     whole = 512 * -(-layer.outputs // 16) * -(-layer.inputs // 32)
-    packed = PackedWeight(torch.empty(whole, dtype=torch.uint8, device="meta"), layer.outputs, layer.inputs)
+    packed = PackedWeight(
+        torch.empty(whole, dtype=torch.uint8, device="meta"), layer.outputs, layer.inputs, LAYOUTS[layout]
+    )
     return Row(
         op="bits_linear",
-        shape=f"{layer.name} M{rows} {width}bit" + ("" if activation_bits else " weight-only"),
+        shape=f"{layer.name} M{rows} {width}bit"
+        + ("" if activation_bits else " weight-only")
+        + (" single-planes" if layout == "single" else ""),
         dtype="bf16",
         bytes_read=packed.bytes_read(width) + 2 * rows * layer.inputs,
         operations=2 * rows * layer.outputs * layer.inputs,
         math="int8" if activation_bits else "fp32",
         build=lambda buffers: Linear(
-            layer, rows, width, activation_bits, device, buffers * packed.bytes_read(width)
+            layer, rows, width, activation_bits, layout, device, buffers * packed.bytes_read(width)
         ).workload(),
         bars=bars if bars and device == "cpu" else {},
         least_percent=least_percent if device == "cpu" else None,
@@ -162,6 +172,9 @@ def rows(device: str) -> list[Row]:
             bars = {"bf16": bar} if bar else {}
             least = 85.0 if width == 8 else None
             table.append(linear_row(layer, 1, width, device, bars=bars, least_percent=least, quick=quick))
+    for width in (5, 3):
+        table.append(linear_row(QKV_8B, 1, width, device))
+        table.append(linear_row(QKV_8B, 1, width, device, layout="single"))
     for width in (8, 4, 2):
         table.append(linear_row(QKV_8B, 1, width, device, activation_bits=None))
     for layer in (DOWN_8B, O_70B):

@@ -42,7 +42,7 @@ __device__ __forceinline__ void finish_output(const BitsLinearLaunch& k, int64_t
 // ---- integer activations
 
 // Adds tiles [begin, end) of a row of tiles to sums: chunks first, first + step, ... of 4 tiles.
-template <int slices, int columns>
+template <int planes, int columns>
 __device__ __forceinline__ void add_chunks(const BitsLinearLaunch& k, int64_t row_tile, int64_t begin,
                                            int64_t end, int64_t first, int64_t step, int64_t first_row,
                                            int32_t (&sums)[columns][4]) {
@@ -51,12 +51,12 @@ __device__ __forceinline__ void add_chunks(const BitsLinearLaunch& k, int64_t ro
   for (int64_t chunk = begin + kChunkTiles * first; chunk < end; chunk += kChunkTiles * step) {
     const int64_t tile = chunk + t;
     const bool valid = tile < end;
-    const LaneTile weights = load_lane_tile<slices>(k.p.w, row_tile * k.p.w.input_tiles + tile, g, valid);
+    const LaneTile weights = load_lane_tile<planes>(k.p.w, row_tile * k.p.w.input_tiles + tile, g, valid);
     uint32_t a[4][4];
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[s][i] = lane_word<slices>(weights, i % 2, i / 2, s, rounding);
+      for (int i = 0; i < 4; ++i) a[s][i] = lane_word<planes>(weights, i % 2, i / 2, s, rounding);
     }
 #pragma unroll
     for (int n = 0; n < columns; ++n) {
@@ -79,14 +79,14 @@ __device__ __forceinline__ int sum_output(int lane, int i) { return lane / 4 * 2
 __device__ __forceinline__ int sum_row(int lane, int i) { return lane % 4 * 2 + i % 2; }
 
 // One scale a channel, or none: warps share the inputs of one row of tiles.
-template <int slices, int columns>
+template <int planes, int columns>
 __global__ void __launch_bounds__(32 * kLinearWarps) bits_linear_integer_kernel(BitsLinearLaunch k) {
   constexpr int kRows = 8 * columns;
   SHARED(int32_t, shared, kLinearWarps * kTileRows * kRows);  // [warp][output][row of x]
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int64_t row_tile = blockIdx.x, first_row = int64_t(blockIdx.y) * kRows;
   int32_t sums[columns][4] = {};
-  add_chunks<slices, columns>(k, row_tile, 0, k.p.w.input_tiles, warp, kLinearWarps, first_row, sums);
+  add_chunks<planes, columns>(k, row_tile, 0, k.p.w.input_tiles, warp, kLinearWarps, first_row, sums);
 #pragma unroll
   for (int n = 0; n < columns; ++n) {
 #pragma unroll
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(32 * kLinearWarps) bits_linear_integer_kernel(
 }
 
 // A scale a group: groups are added in order, so a warp has a row of tiles to itself.
-template <int slices, int columns>
+template <int planes, int columns>
 __global__ void __launch_bounds__(32 * kLinearWarps) bits_linear_group_kernel(BitsLinearLaunch k) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int64_t row_tile = int64_t(blockIdx.x) * kLinearWarps + warp;
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(32 * kLinearWarps) bits_linear_group_kernel(Bi
   float total[columns][4] = {};
   for (int64_t group = 0; group < k.p.groups; ++group) {
     int32_t sums[columns][4] = {};
-    add_chunks<slices, columns>(k, row_tile, group * tiles, (group + 1) * tiles, 0, 1, first_row, sums);
+    add_chunks<planes, columns>(k, row_tile, group * tiles, (group + 1) * tiles, 0, 1, first_row, sums);
 #pragma unroll
     for (int n = 0; n < columns; ++n) {
 #pragma unroll
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(256) bits_linear_widen_kernel(BitsLinearLaunch
 
 // A lane adds up one tile of two outputs in a chain and scales it; lanes, then warps, are added in a fixed
 // order that depends on the inputs' number only.
-template <int slices, int rows>
+template <int planes, int rows>
 __global__ void __launch_bounds__(32 * kLinearWarps) bits_linear_float_kernel(BitsLinearLaunch k) {
   SHARED(float, shared, kLinearWarps * kTileRows * rows);  // [warp][output][row of x]
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, g = lane / 4, t = lane % 4;
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(32 * kLinearWarps) bits_linear_float_kernel(Bi
 
   float total[2][rows] = {};
   for (int64_t tile = kChunkTiles * warp + t; tile < tiles; tile += kChunkTiles * kLinearWarps) {
-    const LaneTile weights = load_lane_tile<slices>(k.p.w, row_tile * tiles + tile, g, true);
+    const LaneTile weights = load_lane_tile<planes>(k.p.w, row_tile * tiles + tile, g, true);
     float sum[2][rows] = {};
 #pragma unroll
     for (int v = 0; v < 8; ++v) {
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(32 * kLinearWarps) bits_linear_float_kernel(Bi
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const uint32_t word = lane_word<slices>(weights, r, v / 4, v % 4, rounding);
+        const uint32_t word = lane_word<planes>(weights, r, v / 4, v % 4, rounding);
         float w[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) w[j] = float(int32_t(word >> (8 * j) & 0xffu) - 128);

@@ -242,7 +242,7 @@ static void multiply_group(const BitsLinearParams& p, const Activations& x, cons
   const int64_t begin = group * tiles, end = begin + tiles;
   const uint32_t* of_group =
       static_cast<const uint32_t*>(x.x) + first * stride + begin * kUnits * Engine::kSteps;
-  if (Engine::kAnyOrder && order == Order::along && rows == 1 && p.w.slices > 0) {
+  if (Engine::kAnyOrder && order == Order::along && rows == 1 && p.w.planes > 0) {
     return dot_tiles(p.w, row_tile, begin, end, of_group, s.totals);
   }
   for (int64_t t = begin; t < end; t += kTiles) {

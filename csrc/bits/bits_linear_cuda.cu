@@ -20,36 +20,36 @@ Space space_of(const BitsLinearParams& p) {
   return s;
 }
 
-template <int slices, int columns>
+template <int planes, int columns>
 void launch_integers(const BitsLinearLaunch& k, void* stream) {
   const unsigned passes = unsigned((k.p.rows + 8 * columns - 1) / (8 * columns)),
                  tiles = unsigned(k.p.w.row_tiles);
   const dim3 block(32 * kLinearWarps);
   if (k.p.groups == 1) {
-    launch("bits_linear_integer", bits_linear_integer_kernel<slices, columns>, {dim3(tiles, passes), block},
+    launch("bits_linear_integer", bits_linear_integer_kernel<planes, columns>, {dim3(tiles, passes), block},
            stream, k);
   } else {
-    launch("bits_linear_group", bits_linear_group_kernel<slices, columns>,
+    launch("bits_linear_group", bits_linear_group_kernel<planes, columns>,
            {dim3((tiles + kLinearWarps - 1) / kLinearWarps, passes), block}, stream, k);
   }
 }
 
-template <int slices, int rows>
+template <int planes, int rows>
 void launch_floats(const BitsLinearLaunch& k, void* stream) {
   const dim3 grid(unsigned(k.p.w.row_tiles), unsigned((k.p.rows + rows - 1) / rows));
-  launch("bits_linear_float", bits_linear_float_kernel<slices, rows>, {grid, dim3(32 * kLinearWarps)}, stream,
+  launch("bits_linear_float", bits_linear_float_kernel<planes, rows>, {grid, dim3(32 * kLinearWarps)}, stream,
          k);
 }
 
-template <int slices>
-void launch_slices(const BitsLinearLaunch& k, void* stream) {
+template <int planes>
+void launch_planes(const BitsLinearLaunch& k, void* stream) {
   if (k.p.kind == LinearKind::weight_only) {
-    // one row needs no registers for others; more than these would spill, beside all five slices of a tile
-    constexpr int kRows = slices == 5 ? 3 : 4;
-    return k.p.rows == 1 ? launch_floats<slices, 1>(k, stream) : launch_floats<slices, kRows>(k, stream);
+    // one row needs no registers for others; more than these would spill, beside all planes of a tile
+    constexpr int kRows = planes == 8 || planes == kSinglePlanes ? 3 : 4;
+    return k.p.rows == 1 ? launch_floats<planes, 1>(k, stream) : launch_floats<planes, kRows>(k, stream);
   }
   const bool few_rows = k.p.rows <= 8;  // one MMA column
-  return few_rows ? launch_integers<slices, 1>(k, stream) : launch_integers<slices, 8>(k, stream);
+  return few_rows ? launch_integers<planes, 1>(k, stream) : launch_integers<planes, 8>(k, stream);
 }
 
 void quantize(const BitsLinearParams& p, const BitsLinearLaunch& k, void* stream) {
@@ -88,17 +88,18 @@ void bits_linear(const BitsLinearParams& p, void* stream) {
   } else {
     quantize(p, k, stream);
   }
-  switch (p.w.slices) {
+  if (p.w.single) return launch_planes<kSinglePlanes>(k, stream);
+  switch (p.w.planes) {
     case 0:
-      return launch_slices<0>(k, stream);
-    case 2:
-      return launch_slices<2>(k, stream);
+      return launch_planes<kPlainCodes>(k, stream);
     case 3:
-      return launch_slices<3>(k, stream);
-    case 4:
-      return launch_slices<4>(k, stream);
+      return launch_planes<3>(k, stream);
+    case 5:
+      return launch_planes<5>(k, stream);
+    case 7:
+      return launch_planes<7>(k, stream);
     default:
-      return launch_slices<5>(k, stream);
+      return launch_planes<8>(k, stream);
   }
 }
 

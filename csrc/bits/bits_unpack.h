@@ -62,18 +62,17 @@ TRANCHE_HD void store_word(const BitsUnpackParams& p, uint32_t word, int64_t til
 
 // A word of a tile's slice, zero for a slice that is not read.
 TRANCHE_HD uint32_t slice_word(const PackedWeight& w, int slice, int64_t tile, int word) {
-  if (slice >= w.slices) return 0;
+  if (bits_above(slice) >= w.planes) return 0;
   return reinterpret_cast<const uint32_t*>(slice_stream(w, slice, tile))[word];
 }
 
-// One row of one tile.
-TRANCHE_HD void unpack_tile_row(const BitsUnpackParams& p, int64_t tile, int row) {
-  const Rounding rounding = rounding_of_bits(p.w.bits);
-  const PackedWeight& w = p.w;
-  if (w.slices == 0) {
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(w.data) + tile * (kTileBytes8 / 4);
-    for (int v = 0; v < 8; ++v) store_word(p, words[16 * v + row], tile, row, v);
-    return;
+TRANCHE_HD TileRow load_row(const PackedWeight& w, int64_t tile, int row) {
+  if (w.single) {
+    uint32_t plane[8];
+    for (int i = 0; i < 8; ++i) {
+      plane[i] = i < w.planes ? reinterpret_cast<const uint32_t*>(plane_stream(w, i, tile))[row] : 0;
+    }
+    return join_row(plane);
   }
   TileRow packed = {};
   for (int q = 0; q < 2; ++q) {
@@ -83,6 +82,19 @@ TRANCHE_HD void unpack_tile_row(const BitsUnpackParams& p, int64_t tile, int row
   }
   packed.one[0] = slice_word(w, 1, tile, row);
   packed.one[1] = slice_word(w, 4, tile, row);
+  return packed;
+}
+
+// One row of one tile.
+TRANCHE_HD void unpack_tile_row(const BitsUnpackParams& p, int64_t tile, int row) {
+  const Rounding rounding = rounding_of_bits(p.w.bits);
+  const PackedWeight& w = p.w;
+  if (w.planes == 0) {
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(w.data) + tile * (kTileBytes8 / 4);
+    for (int v = 0; v < 8; ++v) store_word(p, words[16 * v + row], tile, row, v);
+    return;
+  }
+  const TileRow packed = load_row(w, tile, row);
   for (int v = 0; v < 8; ++v) {
     store_word(p, round_word(unpack_word(packed, v / 4, v % 4), rounding), tile, row, v);
   }

@@ -4,7 +4,6 @@
 #pragma once
 
 #include "bits/packed.h"
-#include "core/constant.h"
 #include "core/simd.h"
 
 namespace tranche::cpu::TRANCHE_ISA {
@@ -102,44 +101,72 @@ static_assert(sizeof(Vec) == sizeof(Bytes), "a vector of floats holds the rows o
 
 TRANCHE_INLINE Bytes bmove(Bytes x, int left) { return left >= 0 ? bleft(x, left) : bright(x, -left); }
 
-// Where a row of tiles starts in each stream.
-struct Streams {
-  const uint8_t* two[3];  // slices 0, 2, 3
-  const uint8_t* one[2];  // slices 1, 4
+// How a weight is read, as constants: single or guarded planes, how many bits of u, and whether to round
+// them.
+template <bool single_, int planes_, bool exact_>
+struct Reading {
+  static constexpr bool single = single_, exact = exact_;
+  static constexpr int planes = planes_;
+  static constexpr int twos = planes < 4 ? 1 : planes < 6 ? 2 : 3;  // slices of two bits
+  static constexpr bool whole = planes != 4 && planes != 6;         // the last of them, with both its bits
 };
 
-// Tile t of a row of tiles: calls take(unit, part, bytes) for its units in turn. slices is 2 to 5; with all
-// of them and `exact`, nothing is rounded.
-template <int slices, bool exact, class F>
+// Where a row of tiles starts in each stream.
+struct Streams {
+  const uint8_t* two[3];  // slices of two bits, or the upper planes of u7u6, u4u3 and u2u1
+  const uint8_t* one[2];  // u5, u0
+  int64_t plane;          // from an upper plane to the lower one
+};
+
+// Slice i of two bits of tile t, its 64 bytes of q = 0 and of q = 1. From single planes: one plane's even
+// bits are of q = 0, its odd bits of q = 1. A bit that is not read may be anything.
+template <class R, int i>
+TRANCHE_INLINE void load_two(const Streams& from, int64_t t, int64_t at, Bytes (&to)[2]) {
+  if constexpr (!R::single) {
+    to[0] = bload(from.two[i] + t * 128 + at);
+    to[1] = bload(from.two[i] + t * 128 + 64 + at);
+  } else {
+    const Bytes high = bload(from.two[i] + t * 64 + at);
+    to[0] = bleft(high, 1);
+    to[1] = high;
+    if constexpr (i + 1 < R::twos || R::whole) {
+      const Bytes low = bload(from.two[i] + from.plane + t * 64 + at);
+      to[0] = bselect(bset(0xaaaaaaaau), to[0], low);
+      to[1] = bselect(bset(0xaaaaaaaau), to[1], bright(low, 1));
+    }
+  }
+}
+
+// Tile t of a row of tiles: calls take(unit, part, bytes) for its units in turn.
+template <class R, class F>
 TRANCHE_INLINE void decode_tile(const Streams& from, int64_t t, Rounding rounding, const F& take) {
 #pragma GCC unroll 4
   for (int i = 0; i < kParts; ++i) {
     const int64_t at = int(sizeof(Bytes)) * i;
+    Bytes bits76[2], bits43[2], bits21[2], bit0;
+    load_two<R, 0>(from, t, at, bits76);
     const Bytes bit5 = bload(from.one[0] + t * 64 + at);
-    Bytes bit0 = bit5;
-    if constexpr (slices >= 5) bit0 = bload(from.one[1] + t * 64 + at);
+    if constexpr (R::twos > 1) load_two<R, 1>(from, t, at, bits43);
+    if constexpr (R::twos > 2) load_two<R, 2>(from, t, at, bits21);
+    if constexpr (R::planes == 8) bit0 = bload(from.one[1] + t * 64 + at);
 #pragma GCC unroll 2
     for (int q = 0; q < 2; ++q) {
-      const Bytes bits76 = bload(from.two[0] + t * 128 + 64 * q + at);
-      if constexpr (slices == 2) {
+      if constexpr (R::planes == 3) {
         // Four fields of two bits a byte: add the guard bit to those that are not 3, all at once.
         const Bytes guard = band(q ? bright(bit5, 1) : bit5, bset(0x55555555u));
-        const Bytes rounded = badd(bits76, band_nand(guard, bits76, bright(bits76, 1)));
+        const Bytes rounded = badd(bits76[q], band_nand(guard, bits76[q], bright(bits76[q], 1)));
 #pragma GCC unroll 4
         for (int s = 0; s < 4; ++s) {
           take(4 * q + s, i, band(bleft(rounded, 6 - 2 * s), bset(0xc0c0c0c0u)));
         }
       } else {
-        const Bytes bits43 = bload(from.two[1] + t * 128 + 64 * q + at);
-        Bytes bits21 = bits76;
-        if constexpr (slices >= 4) bits21 = bload(from.two[2] + t * 128 + 64 * q + at);
 #pragma GCC unroll 4
         for (int s = 0; s < 4; ++s) {
-          Bytes x = bselect(bset(0xc0c0c0c0u), bleft(bits76, 6 - 2 * s), bmove(bit5, 5 - 2 * s - q));
-          x = bselect(bset(0xe0e0e0e0u), x, bmove(bits43, 3 - 2 * s));
-          if constexpr (slices >= 4) x = bselect(bset(0xf8f8f8f8u), x, bmove(bits21, 1 - 2 * s));
-          if constexpr (slices >= 5) x = bselect(bset(0xfefefefeu), x, bright(bit0, 2 * s + q));
-          if constexpr (!exact) x = band(badd_saturated(x, bset(rounding.half)), bset(rounding.keep));
+          Bytes x = bselect(bset(0xc0c0c0c0u), bleft(bits76[q], 6 - 2 * s), bmove(bit5, 5 - 2 * s - q));
+          x = bselect(bset(0xe0e0e0e0u), x, bmove(bits43[q], 3 - 2 * s));
+          if constexpr (R::twos > 2) x = bselect(bset(0xf8f8f8f8u), x, bmove(bits21[q], 1 - 2 * s));
+          if constexpr (R::planes == 8) x = bselect(bset(0xfefefefeu), x, bright(bit0, 2 * s + q));
+          if constexpr (!R::exact) x = band(badd_saturated(x, bset(rounding.half)), bset(rounding.keep));
           take(4 * q + s, i, x);
         }
       }
@@ -147,47 +174,64 @@ TRANCHE_INLINE void decode_tile(const Streams& from, int64_t t, Rounding roundin
   }
 }
 
-// Brings a tile of later nearer: so many streams at once are more than hardware foresees. `passing`: it will
-// be read from the first cache and not again, so that the others may keep what they have.
-template <int slices, bool passing>
+// Brings a tile of later nearer, into all caches: so many streams at once are more than hardware foresees.
+template <class R>
 TRANCHE_INLINE void prefetch_tile(const Streams& from, int64_t t) {
-  constexpr int kTwos = slices < 4 ? slices - 1 : 3, kLocality = passing ? 0 : 3;
 #pragma GCC unroll 3
-  for (int i = 0; i < kTwos; ++i) {
-    __builtin_prefetch(from.two[i] + t * 128, 0, kLocality);
-    __builtin_prefetch(from.two[i] + t * 128 + 64, 0, kLocality);
+  for (int i = 0; i < R::twos; ++i) {
+    __builtin_prefetch(from.two[i] + t * (R::single ? 64 : 128));
+    if (R::single && i + 1 == R::twos && !R::whole) continue;
+    __builtin_prefetch(from.two[i] + (R::single ? from.plane + t * 64 : t * 128 + 64));
   }
-  __builtin_prefetch(from.one[0] + t * 64, 0, kLocality);
-  if constexpr (slices >= 5) __builtin_prefetch(from.one[1] + t * 64, 0, kLocality);
+  __builtin_prefetch(from.one[0] + t * 64);
+  if constexpr (R::planes == 8) __builtin_prefetch(from.one[1] + t * 64);
 }
 
-// f with `slices` and `exact` of decode_tile as constants.
+// f with the Reading that a weight in planes asks for.
 template <class F>
-TRANCHE_INLINE void with_slices(const PackedWeight& w, const F& f) {
-  switch (w.slices) {
-    case 2:
-      return f(Constant<2>(), Constant<false>());
+TRANCHE_INLINE void with_reading(const PackedWeight& w, const F& f) {
+  switch (w.planes + (w.single ? 16 : 0)) {
     case 3:
-      return f(Constant<3>(), Constant<false>());
-    case 4:
-      return f(Constant<4>(), Constant<false>());
+      return f(Reading<false, 3, false>());
+    case 5:
+      return f(Reading<false, 5, false>());
+    case 7:
+      return f(Reading<false, 7, false>());
+    case 8:
+      return w.bits == 8 ? f(Reading<false, 8, true>()) : f(Reading<false, 8, false>());
+    case 16 + 3:
+      return f(Reading<true, 3, false>());
+    case 16 + 4:
+      return f(Reading<true, 4, false>());
+    case 16 + 5:
+      return f(Reading<true, 5, false>());
+    case 16 + 6:
+      return f(Reading<true, 6, false>());
+    case 16 + 7:
+      return f(Reading<true, 7, false>());
     default:
-      return w.bits == 8 ? f(Constant<5>(), Constant<true>()) : f(Constant<5>(), Constant<false>());
+      return w.bits == 8 ? f(Reading<true, 8, true>()) : f(Reading<true, 8, false>());
   }
 }
 
 TRANCHE_INLINE Streams streams_of(const PackedWeight& w, int64_t tile) {
+  if (w.single) {
+    return {{plane_stream(w, 0, tile), plane_stream(w, 3, tile), plane_stream(w, 5, tile)},
+            {plane_stream(w, 2, tile), plane_stream(w, 7, tile)},
+            kPlaneBytes * w.row_tiles * w.input_tiles};
+  }
   return {{slice_stream(w, 0, tile), slice_stream(w, 2, tile), slice_stream(w, 3, tile)},
-          {slice_stream(w, 1, tile), slice_stream(w, 4, tile)}};
+          {slice_stream(w, 1, tile), slice_stream(w, 4, tile)},
+          0};
 }
 
-template <int slices, bool exact>
+template <class R>
 static void decode_run(const Streams& from, int64_t begin, int64_t end, int64_t ahead, Rounding rounding,
                        uint8_t* to) {
   for (int64_t t = begin; t < end; ++t) {
-    prefetch_tile<slices, false>(from, t + ahead);
+    prefetch_tile<R>(from, t + ahead);
     uint8_t* units = to + (t - begin) * kTileBytes8;
-    decode_tile<slices, exact>(from, t, rounding, [units](int unit, int part, Bytes x) {
+    decode_tile<R>(from, t, rounding, [units](int unit, int part, Bytes x) {
       bstore(units + 64 * unit + int(sizeof(Bytes)) * part, x);
     });
   }
@@ -198,23 +242,22 @@ static void decode_run(const Streams& from, int64_t begin, int64_t end, int64_t 
 static const uint8_t* decode_tiles(const PackedWeight& w, int64_t row_tile, int64_t begin, int64_t end,
                                    int64_t ahead, uint8_t* to) {
   const int64_t tile = row_tile * w.input_tiles;
-  if (w.slices == 0) {
+  if (w.planes == 0) {
     const uint8_t* plain = w.data + (tile + begin) * kTileBytes8;
     for (int64_t at = 0; at < (end - begin) * kTileBytes8; at += 64) {
       __builtin_prefetch(plain + ahead * kTileBytes8 + at);
     }
     return plain;
   }
-  with_slices(w, [&](auto slices, auto exact) {
-    decode_run<slices.value, exact.value>(streams_of(w, tile), begin, end, ahead, rounding_of_bits(w.bits),
-                                          to);
+  with_reading(w, [&](auto reading) {
+    decode_run<decltype(reading)>(streams_of(w, tile), begin, end, ahead, rounding_of_bits(w.bits), to);
   });
   return to;
 }
 
 // Tiles [begin, end) of a row of tiles times one row of codes, of which x is what meets the first: adds to
 // the totals of 16 outputs. Here weights meet x as they are decoded, and in registers.
-template <int slices, bool exact>
+template <class R>
 static void dot_run(const Streams& from, int64_t begin, int64_t end, Rounding rounding, const uint32_t* x,
                     uint32_t* totals) {
   constexpr int64_t kAhead = 32;  // tiles
@@ -226,9 +269,9 @@ static void dot_run(const Streams& from, int64_t begin, int64_t end, Rounding ro
     for (int c = 0; c < kChains; ++c) sum[i][c] = bset(0);
   }
   for (int64_t t = begin; t < end; ++t) {
-    prefetch_tile<slices, true>(from, t + kAhead);
+    prefetch_tile<R>(from, t + kAhead);
     const uint32_t* words = x + (t - begin) * kUnits;
-    decode_tile<slices, exact>(from, t, rounding, [&](int unit, int part, Bytes w) {
+    decode_tile<R>(from, t, rounding, [&](int unit, int part, Bytes w) {
       sum[part][unit % kChains] = bdot(sum[part][unit % kChains], w, bspread(words[unit]));
     });
   }
@@ -244,9 +287,9 @@ static void dot_run(const Streams& from, int64_t begin, int64_t end, Rounding ro
 
 static void dot_tiles(const PackedWeight& w, int64_t row_tile, int64_t begin, int64_t end, const uint32_t* x,
                       uint32_t* totals) {
-  with_slices(w, [&](auto slices, auto exact) {
-    dot_run<slices.value, exact.value>(streams_of(w, row_tile * w.input_tiles), begin, end,
-                                       rounding_of_bits(w.bits), x, totals);
+  with_reading(w, [&](auto reading) {
+    dot_run<decltype(reading)>(streams_of(w, row_tile * w.input_tiles), begin, end, rounding_of_bits(w.bits),
+                               x, totals);
   });
 }
 

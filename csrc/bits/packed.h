@@ -1,9 +1,10 @@
-// Weights packed in guarded planes: one stored integer of 8 bits serves every precision, and a kernel that
-// computes in l bits reads l + 1 of them. docs/bits.md draws the layout and says why l + 1 bits are enough.
+// Weights packed in planes: one stored integer of 8 bits serves every precision, and a kernel that computes
+// in l bits reads l + 1 of them. docs/bits.md draws the layouts and says why l + 1 bits are enough.
 //
-// W is a code in [-128, 127], u = W + 128. The bits of u are cut into five slices [u7u6 | u5 | u4u3 | u2u1 |
-// u0], each one contiguous stream of tiles of 16 rows (outputs) x 32 inputs, [row tile][input tile]; padding
-// is zero bits. Within a tile, with input = 16 q + 4 s + j:
+// W is a code in [-128, 127], u = W + 128. The bits of u are cut into slices, each one contiguous stream of
+// tiles of 16 rows (outputs) x 32 inputs, [row tile][input tile]; padding is zero bits. Guarded planes have
+// five slices [u7u6 | u5 | u4u3 | u2u1 | u0], single planes eight of one bit. Within a tile, with input =
+// 16 q + 4 s + j:
 //   a slice of two bits has 128 bytes: bits 2s and 2s+1 of byte 64 q + 4 row + j
 //   a slice of one bit has 64 bytes:   bit 2s+q of byte 4 row + j
 // The plain layout, a copy for one precision, has 512 bytes a tile: byte 64 (4q+s) + 4 row + j is the rounded
@@ -20,8 +21,9 @@ constexpr int kTileRows = 16;
 constexpr int kTileInputs = 32;
 constexpr int kTileBytes8 = kTileRows * kTileInputs;  // a tile at 8 bits
 
-constexpr int kAllSlices = 5;
+constexpr int kPlaneBytes = 64;  // of a tile
 constexpr int kLayoutGuardedPlanes = 1;
+constexpr int kLayoutSinglePlanes = 2;
 constexpr int kLayoutPlain = 16;  // 16 + l: codes of l bits
 
 // Outputs in tiles and inputs in tiles, as a kernel sees them.
@@ -29,18 +31,33 @@ struct PackedWeight {
   const uint8_t* data;  // [512 * row_tiles * input_tiles]
   int64_t out_features, in_features;
   int64_t row_tiles, input_tiles;
-  int32_t bits;    // to compute in, 2..8
-  int32_t slices;  // to read: 2..5 of the guarded planes, 0 for the plain layout
+  int32_t bits;  // to compute in, 2..8
+  int32_t
+      planes;   // bits of u to read, the top ones: 3, 5, 7 or 8 guarded, 3..8 single; 0 for the plain layout
+  bool single;  // planes
 };
 
-// How many slices hold the top l + 1 bits.
-TRANCHE_HD int slices_of_bits(int bits) { return bits == 2 ? 2 : bits <= 4 ? 3 : bits <= 6 ? 4 : 5; }
+// How many bits of u come with the top l + 1.
+TRANCHE_HD int planes_of_bits(int bits, bool single) {
+  const int needed = bits < 8 ? bits + 1 : 8;
+  return single || needed == 3 ? needed : needed <= 5 ? 5 : needed <= 7 ? 7 : 8;
+}
 
-// The stream of one slice, from one tile on.
+// How many bits of u lie above a slice of the guarded planes.
+TRANCHE_HD int bits_above(int slice) {
+  return slice == 0 ? 0 : slice == 1 ? 2 : slice == 2 ? 3 : slice == 3 ? 5 : 7;
+}
+
+// The stream of one slice of the guarded planes, from one tile on.
 TRANCHE_HD const uint8_t* slice_stream(const PackedWeight& w, int slice, int64_t tile) {
-  const int64_t before = slice == 0 ? 0 : slice == 1 ? 128 : slice == 2 ? 192 : slice == 3 ? 320 : 448;
-  const int64_t bytes = slice == 1 || slice == 4 ? 64 : 128;
+  const int64_t before = kPlaneBytes * bits_above(slice);
+  const int64_t bytes = slice == 1 || slice == 4 ? kPlaneBytes : 2 * kPlaneBytes;
   return w.data + before * w.row_tiles * w.input_tiles + bytes * tile;
+}
+
+// The stream of one single plane, u7 the first. u5 and u0 lie where the guarded planes have them.
+TRANCHE_HD const uint8_t* plane_stream(const PackedWeight& w, int plane, int64_t tile) {
+  return w.data + kPlaneBytes * (plane * w.row_tiles * w.input_tiles + tile);
 }
 
 // Rounding to l bits in place of the top bits of a byte: add half a step, saturate, keep l bits. What results
@@ -70,11 +87,36 @@ TRANCHE_HD uint32_t round_word(uint32_t x, Rounding r) {
   return (sum | full | (full - (full >> 7))) & r.keep;
 }
 
-// The words of one row of a tile: u[v] holds the inputs 4v .. 4v+3 as bytes.
+// The words of one row of a tile, guarded.
 struct TileRow {
   uint32_t two[3][2];  // slices 0, 2, 3, by q
   uint32_t one[2];     // slices 1, 4
 };
+
+// Two single planes as one slice of two bits.
+TRANCHE_HD uint32_t join_planes(uint32_t high, uint32_t low, int q) {
+  return q == 0 ? (high << 1 & 0xaaaaaaaau) | (low & 0x55555555u)
+                : (high & 0xaaaaaaaau) | (low >> 1 & 0x55555555u);
+}
+
+TRANCHE_HD TileRow join_row(const uint32_t (&plane)[8]) {
+  TileRow row = {};
+  for (int q = 0; q < 2; ++q) {
+    row.two[0][q] = join_planes(plane[0], plane[1], q);
+    row.two[1][q] = join_planes(plane[3], plane[4], q);
+    row.two[2][q] = join_planes(plane[5], plane[6], q);
+  }
+  row.one[0] = plane[2];
+  row.one[1] = plane[7];
+  return row;
+}
+
+// A row's word of one single plane; u[v] holds the inputs 4v .. 4v+3 as bytes.
+TRANCHE_HD uint32_t pack_plane(const uint32_t (&u)[8], int plane) {
+  uint32_t word = 0;
+  for (int v = 0; v < 8; ++v) word |= (u[v] >> (7 - plane) & 0x01010101u) << (2 * (v % 4) + v / 4);
+  return word;
+}
 
 TRANCHE_HD TileRow pack_row(const uint32_t (&u)[8]) {
   TileRow row = {};

@@ -22,9 +22,9 @@ inline PackedWeight packed_weight(const TensorChecks& check, const Tensor& data,
                                   int64_t in_features, int64_t layout, int64_t bits) {
   check_bits(check, bits);
   const bool plain = layout >= kLayoutPlain + 2 && layout <= kLayoutPlain + 8;
-  check.that(layout == kLayoutGuardedPlanes || plain,
-             concat("layout ", kLayoutGuardedPlanes, " (guarded planes) or ", kLayoutPlain + 2, " to ",
-                    kLayoutPlain + 8, " (plain codes)"),
+  check.that(layout == kLayoutGuardedPlanes || layout == kLayoutSinglePlanes || plain,
+             concat("layout ", kLayoutGuardedPlanes, " (guarded planes), ", kLayoutSinglePlanes,
+                    " (single planes) or ", kLayoutPlain + 2, " to ", kLayoutPlain + 8, " (plain codes)"),
              layout, "Another version packed this weight: unpack it there, and pack its codes here.");
   check.that(!plain || layout == kLayoutPlain + bits,
              concat("bits == ", layout - kLayoutPlain, ", for which the weight was materialized"), bits,
@@ -47,7 +47,8 @@ inline PackedWeight packed_weight(const TensorChecks& check, const Tensor& data,
   w.row_tiles = tiles_of(out_features, kTileRows);
   w.input_tiles = tiles_of(in_features, kTileInputs);
   w.bits = int32_t(bits);
-  w.slices = plain ? 0 : slices_of_bits(int(bits));
+  w.single = layout == kLayoutSinglePlanes;
+  w.planes = plain ? 0 : planes_of_bits(int(bits), w.single);
   return w;
 }
 

@@ -61,6 +61,11 @@ def ops() -> Any:
     return getattr(torch.ops, _active)
 
 
+def active() -> str:
+    """The name of the namespace in force."""
+    return _active
+
+
 def activate(namespace: str) -> str:
     """Make `namespace` the one in force, and return the one that was."""
     global _active

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import subprocess
 import sys
@@ -14,24 +15,26 @@ from tranche import bits
 from tranche.bits import reference
 
 ALL_BITS = range(2, 9)
+LAYOUTS = ["guarded", "single"]
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def make_weight(rows, inputs, group_size=None, device="cpu"):
+def make_weight(rows, inputs, group_size=None, device="cpu", layout="guarded"):
     codes, scale = bits.quantize(torch.randn(rows, inputs), group_size=group_size)
     codes.view(-1)[: codes.numel() // 3].random_(-128, 128)
-    return bits.pack(codes.to(device)), scale.to(device)
+    return bits.pack(codes.to(device), layout=layout), scale.to(device)
 
 
 def random_codes(rows, inputs, device="cpu"):
     return torch.randint(-128, 128, (rows, inputs), dtype=torch.int8).to(device)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("width", ALL_BITS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 17, 33, 70])
-def test_integers_are_exact(backend, rows, width):
+def test_integers_are_exact(backend, rows, width, layout):
     for outputs, inputs in ((1, 1), (17, 33), backend.pick((50, 1000), (20, 300))):
-        packed, _ = make_weight(outputs, inputs, device=backend.device)
+        packed, _ = make_weight(outputs, inputs, device=backend.device, layout=layout)
         x = random_codes(rows, inputs, backend.device)
         want = reference.int_linear(x, packed, width)
         assert torch.equal(bits.int_linear(x, packed, width), want)
@@ -52,13 +55,14 @@ def test_extreme_sums_over_many_inputs(backend, rows, width):
         assert torch.equal(bits.int_linear(x, packed, width), want)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("inputs", [2, 31, 63, 100, 257, 1023, 4097, 100_003])
-def test_any_number_of_inputs(backend, inputs):
+def test_any_number_of_inputs(backend, inputs, layout):
     inputs = backend.pick(inputs, inputs % 1000)
-    packed, scale = make_weight(5, inputs, device=backend.device)
+    packed, scale = make_weight(5, inputs, device=backend.device, layout=layout)
     for rows in (1, 7):
         x = random_codes(rows, inputs, backend.device)
-        for width in (2, 4, 8):
+        for width in backend.pick(ALL_BITS, (2, 4, 8)):
             assert torch.equal(bits.int_linear(x, packed, width), reference.int_linear(x, packed, width))
         assert_close(x.float(), packed, scale, 8)
 
@@ -87,9 +91,15 @@ def test_linear(backend, dtype, activation_bits, group_size):
     for rows, width in ((1, 2), (1, 8), (2, 3), (5, 4), (9, 6), (40, 8), (40, 2)):
         x = torch.randn(rows, inputs, device=backend.device).to(dtype)
         assert_close(x, packed, scale, width, bias if rows % 2 else None, activation_bits)
-    plain = bits.materialize(packed, 4)
-    same = [bits.linear(x, w, scale, 4, bias, activation_bits=activation_bits) for w in (packed, plain)]
-    assert torch.equal(*same)
+    single = bits.pack(bits.unpack(packed), layout="single")
+    for width in (3, 4, 5, 8):
+        for rows in (1, 3, 12):
+            x = torch.randn(rows, inputs, device=backend.device).to(dtype)
+            first, *others = (
+                bits.linear(x, w, scale, width, bias, activation_bits=activation_bits)
+                for w in (packed, single, bits.materialize(single, width))
+            )
+            assert all(torch.equal(other, first) for other in others)
 
 
 @pytest.mark.parametrize("activation_bits", [None, 8])
@@ -174,8 +184,9 @@ def digest():
     """The bits of everything that must not depend on the instruction set."""
     torch.manual_seed(0)
     state = hashlib.sha256()
-    for outputs, inputs, group_size in ((1, 1, None), (40, 300, None), (33, 192, 64), (20, 192, 96)):
-        packed, scale = make_weight(outputs, inputs, group_size)
+    shapes = ((1, 1, None), (40, 300, None), (33, 192, 64), (20, 192, 96))
+    for layout, (outputs, inputs, group_size) in itertools.product(LAYOUTS, shapes):
+        packed, scale = make_weight(outputs, inputs, group_size, layout=layout)
         state.update(packed.data.numpy().tobytes())
         for rows in (1, 2, 3, 5, 9, 40):
             codes, x = random_codes(rows, inputs), torch.randn(rows, inputs)
@@ -235,9 +246,13 @@ def test_bad_input(backend):
             bits.linear(x, packed, scale, wrong)
         with pytest.raises(ValueError, match="expected bits in"):
             bits.round_bits(random_codes(2, 2, backend.device), wrong)
-    other_version = bits.PackedWeight(packed.data, 18, 64, layout=2)
-    with pytest.raises(ValueError, match=r"expected layout 1 .*, got 2\. Another version packed this weight"):
-        bits.linear(x, other_version, scale, 4)
+    for version in (0, 3, 17, 25):
+        other_version = bits.PackedWeight(packed.data, 18, 64, layout=version)
+        with pytest.raises(
+            ValueError,
+            match=rf"expected layout 1 .*, 2 .*, got {version}\. Another version packed this weight",
+        ):
+            bits.linear(x, other_version, scale, 4)
     with pytest.raises(ValueError, match=r"expected bits == 4, for which the weight was materialized, got 8"):
         bits.linear(x, bits.materialize(packed, 4), scale, 8)
     unpacked = bits.PackedWeight(random_codes(18, 64, backend.device), 18, 64)
@@ -280,18 +295,20 @@ def test_bad_input(backend):
 
 def test_opcheck(backend):
     packed, scale = make_weight(18, 64, device=backend.device)
-    flat = (18, 64, 1, 4)
+    flat, single = (18, 64, 1, 4), bits.pack(bits.unpack(packed), layout="single")
     x, codes = torch.randn(3, 64, device=backend.device), random_codes(3, 64, backend.device)
     ops = backend.ops()
     for op, arguments in (
         (ops.bits_round, (codes, 4)),
         (ops.bits_pack, (codes,)),
+        (ops.bits_pack, (codes, 2)),
         (ops.bits_unpack, (packed.data, *flat)),
         (ops.bits_materialize, (packed.data, *flat)),
         (ops.bits_dequantize, (packed.data, scale, *flat, torch.float16)),
         (ops.bits_quantize_activations, (x,)),
         (ops.bits_int_linear, (codes, packed.data, *flat)),
         (ops.bits_linear, (x, packed.data, scale, *flat)),
+        (ops.bits_linear, (x, single.data, scale, 18, 64, 2, 3)),
         (ops.bits_linear, (x, packed.data, scale, *flat, scale, 8)),
     ):
         torch.library.opcheck(op.default, arguments)

@@ -216,6 +216,27 @@ def test_state_goes_around():
         other.load_state_dict(state)
 
 
+def test_layouts_of_a_model():
+    model = Model()
+    guarded, single = convert(copy.deepcopy(model)), convert(copy.deepcopy(model), layout="single")
+    conv = nn.Conv2d(3, 5, 3)
+    pairs = [(guarded, single, torch.randn(3, 32))]
+    pairs += [
+        (
+            *(BitSwitchConv2d.from_float(conv, layout=kind) for kind in ("guarded", "single")),
+            torch.randn(2, 3, 8, 8),
+        )
+    ]
+    for first, second, x in pairs:
+        for width in (3, 8):
+            set_bits(first, width)
+            set_bits(second, width)
+            assert torch.equal(second(x), first(x))
+    assert single.blocks[0].up.packed.bytes_read(3) < guarded.blocks[0].up.packed.bytes_read(3)
+    with pytest.raises((ValueError, RuntimeError), match="expected packed data with"):
+        guarded.load_state_dict(single.state_dict())
+
+
 def test_compiles_once_for_each_value_of_bits():
     compiled_graphs = []
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tranche.bits.activations import LearnedActivations
 from tranche.bits.ops import int_linear, linear, pack, quantize
-from tranche.bits.packed import STORED_BITS, PackedWeight
+from tranche.bits.packed import STORED_BITS, Layout, PackedWeight
 from tranche.bits.switch import Switchable
 
 
@@ -40,6 +40,7 @@ class _BitSwitch(Switchable):
         bits: int = STORED_BITS,
         activation_bits: int | None = None,
         activations: LearnedActivations | None = None,
+        layout: Layout = "guarded",
     ):
         super().__init__()
         if not (isinstance(codes, Tensor) and isinstance(scale, Tensor)):
@@ -49,7 +50,7 @@ class _BitSwitch(Switchable):
                 f"tranche.bits.{name}: expected codes int8 [O, I] and scale as tensors, got "
                 f"{type(codes).__name__} and {type(scale).__name__}. Use {name}.from_float(nn.{like}({given}))."
             )
-        packed = pack(codes)
+        packed = pack(codes, layout=layout)
         self.out_features, self.in_features = packed.out_features, packed.in_features
         self.layout = packed.layout
         self.bits = bits
@@ -140,10 +141,11 @@ class BitSwitchLinear(_BitSwitch):
         bits: the precision to start with, 2 to 8.
         activation_bits: None keeps inputs in floating point; 8 quantizes them by row and sums integers.
         activations: learned grids of inputs at each precision, in place of activation_bits.
+        layout: of the packed weight, as `pack` takes it.
 
     Raises:
         TypeError: codes or scale that are no tensors.
-        ValueError: a wrong shape, dtype or number of bits.
+        ValueError: a wrong shape, dtype, layout or number of bits.
     """
 
     stands_for = nn.Linear
@@ -156,6 +158,7 @@ class BitSwitchLinear(_BitSwitch):
         bits: int = STORED_BITS,
         activation_bits: int | None = None,
         group_size: int | None = None,
+        layout: Layout = "guarded",
     ) -> BitSwitchLinear:
         """The module with its weight quantized to 8 bits.
 
@@ -165,14 +168,15 @@ class BitSwitchLinear(_BitSwitch):
             activation_bits: None keeps inputs in floating point; 8 quantizes them by row and sums integers.
             group_size: inputs that share a scale, a multiple of 32 that divides I: finer scales, closer weights. One
                 scale for each output channel when left out.
+            layout: of the packed weight, as `pack` takes it.
 
         Raises:
             TypeError: not an `nn.Linear`.
-            ValueError: a wrong group size or number of bits.
+            ValueError: a wrong group size, layout or number of bits.
         """
         cls._expect_float(module)
         codes, scale = quantize(module.weight.detach(), group_size=group_size)
-        return cls(codes, scale, module.bias, bits=bits, activation_bits=activation_bits)
+        return cls(codes, scale, module.bias, bits=bits, activation_bits=activation_bits, layout=layout)
 
     def forward(self, x: Tensor) -> Tensor:
         """X [..., I] of any floating dtype but float64, to [..., O]."""
@@ -208,10 +212,11 @@ class BitSwitchConv2d(_BitSwitch):
         bits: the precision to start with, 2 to 8.
         activation_bits: None keeps inputs in floating point; 8 quantizes each patch and sums integers.
         activations: learned grids of inputs at each precision, in place of activation_bits.
+        layout: of the packed weight, as `pack` takes it.
 
     Raises:
         TypeError: codes or scale that are no tensors.
-        ValueError: a wrong shape, dtype or number of bits.
+        ValueError: a wrong shape, dtype, layout or number of bits.
     """
 
     stands_for = nn.Conv2d
@@ -223,7 +228,12 @@ class BitSwitchConv2d(_BitSwitch):
 
     @classmethod
     def from_float(
-        cls, module: nn.Conv2d, *, bits: int = STORED_BITS, activation_bits: int | None = None
+        cls,
+        module: nn.Conv2d,
+        *,
+        bits: int = STORED_BITS,
+        activation_bits: int | None = None,
+        layout: Layout = "guarded",
     ) -> BitSwitchConv2d:
         """The module with its weight quantized to 8 bits, one scale for each output channel.
 
@@ -231,10 +241,12 @@ class BitSwitchConv2d(_BitSwitch):
             module: its weight is copied; it is not changed.
             bits: the precision to start with, 2 to 8.
             activation_bits: None keeps inputs in floating point; 8 quantizes each patch and sums integers.
+            layout: of the packed weight, as `pack` takes it.
 
         Raises:
             TypeError: not an `nn.Conv2d`.
-            ValueError: a grouped convolution, padding that is not zeros of a given size, or a wrong number of bits.
+            ValueError: a grouped convolution, padding that is not zeros of a given size, or a wrong layout or number of
+                bits.
         """
         cls._expect_float(module)
         if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
@@ -244,7 +256,7 @@ class BitSwitchConv2d(_BitSwitch):
                 "Leave this module in floating point (skip=)."
             )
         codes, scale = quantize(module.weight.detach().flatten(1))
-        made = cls(codes, scale, module.bias, bits=bits, activation_bits=activation_bits)
+        made = cls(codes, scale, module.bias, bits=bits, activation_bits=activation_bits, layout=layout)
         for name in ("kernel_size", "stride", "padding", "dilation"):
             setattr(made, name, tuple(getattr(module, name)))
         return made
@@ -300,6 +312,7 @@ def convert(
     skip: Sequence[str] = ("first", "last"),
     bits: int = STORED_BITS,
     activation_bits: int | None = None,
+    layout: Layout = "guarded",
 ) -> nn.Module:
     """Replace the model's Linear and Conv2d modules by bit-switching ones, in place, and return it.
 
@@ -309,10 +322,11 @@ def convert(
             and last module that would be converted stay in floating point.
         bits: the precision to start with.
         activation_bits: None, or 8 for integer activations.
+        layout: of the packed weights, as `pack` takes it.
 
     Raises:
-        ValueError: a name in `skip` that no module has, or a model that is itself a single layer. When there is
-            nothing to convert, a warning says why.
+        ValueError: a name in `skip` that no module has, a wrong layout, or a model that is itself a single layer. When
+            there is nothing to convert, a warning says why.
     """
     if convertible(model):
         kind: Any = BitSwitchConv2d if isinstance(model, nn.Conv2d) else BitSwitchLinear
@@ -329,7 +343,8 @@ def convert(
     for name in chosen:
         module = model.get_submodule(name)
         kind = BitSwitchConv2d if isinstance(module, nn.Conv2d) else BitSwitchLinear
-        made = kind.from_float(module, bits=bits, activation_bits=activation_bits).train(module.training)
+        made = kind.from_float(module, bits=bits, activation_bits=activation_bits, layout=layout)
+        made.train(module.training)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, made)
     return model

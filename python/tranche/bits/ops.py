@@ -9,7 +9,15 @@ from torch import Tensor
 
 from tranche import _library
 from tranche.bits import reference
-from tranche.bits.packed import GUARDED_PLANES, PLAIN, STORED_BITS, PackedWeight, expect_packed
+from tranche.bits.packed import (
+    GUARDED_PLANES,
+    LAYOUTS,
+    PLAIN,
+    STORED_BITS,
+    Layout,
+    PackedWeight,
+    expect_packed,
+)
 
 
 def quantize(
@@ -71,17 +79,25 @@ def round_bits(codes: Tensor, bits: int) -> Tensor:
     return _library.ops().bits_round(codes, bits)
 
 
-def pack(codes: Tensor) -> PackedWeight:
-    """Lay codes out so that every precision reads only its bits: guarded planes (docs/bits.md).
+def pack(codes: Tensor, *, layout: Layout = "guarded") -> PackedWeight:
+    """Lay codes out so that a precision reads only its bits (docs/bits.md draws both layouts).
 
     Args:
         codes: int8 [O, I], contiguous in its last dimension.
+        layout: "guarded" planes, where 2, 4, 6 and 8 bits read 3, 5, 7 and 8 eighths of the bytes, and 3, 5 and 7
+            bits what the next precision reads; or "single" planes, where l bits read l + 1 eighths (7 bits all), for
+            a little more work on each.
 
     Raises:
-        ValueError: another shape, dtype or stride.
+        ValueError: another shape, dtype, stride or layout.
     """
-    data = _library.ops().bits_pack(codes)
-    return PackedWeight(data, codes.size(0), codes.size(1), GUARDED_PLANES)
+    if layout not in LAYOUTS:
+        raise ValueError(
+            f'tranche.bits.pack: expected layout "guarded" or "single", got {layout!r}. '
+            "Leave it out unless 3 or 5 bits are what is used most."
+        )
+    version = LAYOUTS[layout]
+    return PackedWeight(_library.ops().bits_pack(codes, version), codes.size(0), codes.size(1), version)
 
 
 def _flat(function: str, packed: PackedWeight) -> tuple[Tensor, int, int, int]:
@@ -203,6 +219,10 @@ class _Linear(torch.autograd.Function):
         return grad_x, None, None, grad_bias, None
 
 
+# Cold, the way from a namespace to its op takes longer than a check of the arguments.
+_LINEAR = {name: getattr(torch.ops, name).bits_linear.default for name in _library.NAMESPACES}
+
+
 def linear(
     x: Tensor,
     packed: PackedWeight,
@@ -241,7 +261,7 @@ def linear(
             data, *layout = _flat("linear", packed)
             out = _Linear.apply(rows, data, scale, bias, (*layout, bits, activation_bits))
         else:
-            out = _library.ops().bits_linear.default(
+            out = _LINEAR[_library.active()](
                 rows,
                 packed.data,
                 scale,
@@ -267,7 +287,7 @@ def _(codes: Tensor, bits: int) -> Tensor:
 
 
 @_library.register_fake("bits_pack")
-def _(codes: Tensor) -> Tensor:
+def _(codes: Tensor, layout: int = GUARDED_PLANES) -> Tensor:
     tiles = ((codes.size(0) + 15) // 16) * ((codes.size(1) + 31) // 32)
     return codes.new_empty(512 * tiles, dtype=torch.uint8)
 

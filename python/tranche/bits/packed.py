@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +13,11 @@ BITS = range(2, STORED_BITS + 1)
 TILE_ROWS, TILE_INPUTS = 16, 32
 # Numbers of layouts, as csrc/bits/packed.h has them. A change of the layout takes a new number.
 GUARDED_PLANES = 1
+SINGLE_PLANES = 2
 PLAIN = 16  # plus the bits
+
+Layout = Literal["guarded", "single"]  # what `pack` may be asked for
+LAYOUTS: dict[Layout, int] = {"guarded": GUARDED_PLANES, "single": SINGLE_PLANES}
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,8 @@ class PackedWeight:
         data: uint8, 512 bytes for each tile of 16 outputs x 32 inputs.
         out_features: rows of the codes.
         in_features: columns of the codes.
-        layout: which layout `data` has: GUARDED_PLANES, of which l bits read only what they need, or PLAIN + l,
-            a copy for l bits alone that `materialize` made.
+        layout: which layout `data` has: GUARDED_PLANES or SINGLE_PLANES, of which l bits read only what they need,
+            or PLAIN + l, a copy for l bits alone that `materialize` made.
     """
 
     data: Tensor
@@ -38,7 +43,13 @@ class PackedWeight:
 
     def bytes_read(self, bits: int) -> int:
         """Bytes of `data` that a product at this precision reads."""
-        eighths = 8 if self.layout != GUARDED_PLANES or bits >= 7 else {2: 3, 3: 5, 4: 5, 5: 7, 6: 7}[bits]
+        needed = min(bits + 1, STORED_BITS)  # with the guard bit
+        if self.layout == SINGLE_PLANES:
+            eighths = needed
+        elif self.layout == GUARDED_PLANES:
+            eighths = min(planes for planes in (3, 5, 7, 8) if planes >= needed)
+        else:
+            eighths = STORED_BITS
         return self.data.numel() * eighths // 8
 
 

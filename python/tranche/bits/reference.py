@@ -5,7 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tranche.bits.packed import GUARDED_PLANES, PLAIN, STORED_BITS, TILE_INPUTS, TILE_ROWS, PackedWeight
+from tranche.bits.packed import (
+    GUARDED_PLANES,
+    LAYOUTS,
+    PLAIN,
+    SINGLE_PLANES,
+    STORED_BITS,
+    TILE_INPUTS,
+    TILE_ROWS,
+    Layout,
+    PackedWeight,
+)
+
+# The lowest bit of u in each slice, and how many bits it has.
+_SLICES = {
+    GUARDED_PLANES: ((6, 2), (5, 1), (3, 2), (1, 2), (0, 1)),
+    SINGLE_PLANES: tuple((low, 1) for low in range(7, -1, -1)),
+}
 
 
 def quantize(
@@ -42,20 +58,20 @@ def _tiles(codes: Tensor) -> Tensor:
     return padded.view(row_tiles, TILE_ROWS, input_tiles, 2, 4, 4).permute(0, 2, 1, 3, 4, 5)
 
 
-def pack(codes: Tensor) -> PackedWeight:
-    """See `tranche.bits.pack`; this is the layout's definition."""
+def pack(codes: Tensor, *, layout: Layout = "guarded") -> PackedWeight:
+    """See `tranche.bits.pack`; this is the layouts' definition."""
     u = _tiles(codes)
     s = torch.arange(4, device=codes.device).view(4, 1)
     q = torch.arange(2, device=codes.device).view(2, 1, 1)
+    version = LAYOUTS[layout]
     slices = []
-    for low in (6, 3, 1):
-        fields = ((u >> low & 3) << (2 * s)).sum(4)  # bytes [.., row, q, j]
-        slices.append(fields.permute(0, 1, 3, 2, 4))
-    for low in (5, 0):
-        slices.append(((u >> low & 1) << (2 * s + q)).sum((3, 4)))  # bytes [.., row, j]
-    bits76, bits43, bits21, bit5, bit0 = (plane.reshape(-1) for plane in slices)
-    data = torch.cat([bits76, bit5, bits43, bits21, bit0]).to(torch.uint8)
-    return PackedWeight(data, codes.size(0), codes.size(1), GUARDED_PLANES)
+    for low, width in _SLICES[version]:
+        if width == 2:
+            fields = ((u >> low & 3) << (2 * s)).sum(4)  # bytes [.., row, q, j]
+            slices.append(fields.permute(0, 1, 3, 2, 4).reshape(-1))
+        else:
+            slices.append(((u >> low & 1) << (2 * s + q)).sum((3, 4)).reshape(-1))  # bytes [.., row, j]
+    return PackedWeight(torch.cat(slices).to(torch.uint8), codes.size(0), codes.size(1), version)
 
 
 def unpack(packed: PackedWeight, bits: int = STORED_BITS) -> Tensor:
@@ -71,7 +87,7 @@ def unpack(packed: PackedWeight, bits: int = STORED_BITS) -> Tensor:
         tiles = row_tiles * input_tiles
         u = torch.zeros(row_tiles, input_tiles, TILE_ROWS, 2, 4, 4, dtype=torch.int32, device=data.device)
         start = 0
-        for low, width in ((6, 2), (5, 1), (3, 2), (1, 2), (0, 1)):
+        for low, width in _SLICES[packed.layout]:
             plane = data[start : start + 64 * width * tiles]
             start += 64 * width * tiles
             if width == 2:
