@@ -27,9 +27,11 @@ struct Moments {
   typename LanesOf<A>::type mean = {}, square = {};  // square: the sum of (x - mean)^2
 };
 
-// The sum of f(pixel) over `count` pixels of kTogether channels each, `step` elements apart.
+// out = the sum of what f adds for each of `count` pixels of kTogether channels, `step` elements apart. Lanes
+// go by reference: passed by value they would depend on the instruction set's calling convention.
 template <class A, class F>
-TRANCHE_INLINE typename LanesOf<A>::type sum(const A* values, int64_t step, int64_t count, const F& f) {
+TRANCHE_INLINE void add_up(const A* values, int64_t step, int64_t count, typename LanesOf<A>::type& out,
+                           const F& f) {
   typename LanesOf<A>::type partial[kPartial] = {};
   for (int64_t i = 0; i < count; i += kPartial) {
     const bool whole = i + kPartial <= count;
@@ -39,7 +41,7 @@ TRANCHE_INLINE typename LanesOf<A>::type sum(const A* values, int64_t step, int6
       if (!whole && i + r >= count) break;
       typename LanesOf<A>::type pixel;
       __builtin_memcpy(&pixel, values + (i + r) * step, sizeof pixel);
-      partial[r] += f(pixel);
+      f(pixel, partial[r]);
     }
   }
 #pragma GCC unroll 4
@@ -47,16 +49,18 @@ TRANCHE_INLINE typename LanesOf<A>::type sum(const A* values, int64_t step, int6
 #pragma GCC unroll 8
     for (int64_t r = 0; r < half; ++r) partial[r] += partial[r + half];
   }
-  return partial[0];
+  out = partial[0];
 }
 
 template <class A>
 TRANCHE_INLINE void add_chunk(const A* values, int64_t step, int64_t count, int64_t before, Moments<A>& all) {
   using Lanes = typename LanesOf<A>::type;
-  const Lanes mean = sum(values, step, count, [](const Lanes& pixel) { return pixel; }) / A(count);
-  const Lanes square = sum(values, step, count, [&](const Lanes& pixel) {
+  Lanes mean, square;
+  add_up(values, step, count, mean, [](const Lanes& pixel, Lanes& sum) { sum += pixel; });
+  mean /= A(count);
+  add_up(values, step, count, square, [&](const Lanes& pixel, Lanes& sum) {
     const Lanes off = pixel - mean;
-    return off * off;
+    sum += off * off;
   });
   // the first chunk as it is: infinity * 0 would be NaN
   if (before == 0) {
