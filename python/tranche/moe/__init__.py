@@ -2,14 +2,17 @@
 
 from tranche.moe.modules import JakiroMoE, SparseMoE, convert_moe
 from tranche.moe.ops import RoutingPlan, draft_moe, draft_moe_star, fused_experts, route
+from tranche.moe.packed import PackedExperts, pack_experts
 
 __all__ = [
     "JakiroMoE",
+    "PackedExperts",
     "RoutingPlan",
     "SparseMoE",
     "convert_moe",
     "draft_moe",
     "draft_moe_star",
     "fused_experts",
+    "pack_experts",
     "route",
 ]
