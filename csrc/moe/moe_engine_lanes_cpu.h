@@ -144,8 +144,9 @@ TRANCHE_INLINE void multiply_step(Slab<W> w, Slab<typename Lanes::Element> x, in
   }
 }
 
-// accumulators[c][r] += w[r] * x[c], lane by lane, for kRows rows and kColumns columns.
-template <class Lanes, class W, int kRows, int kColumns>
+// accumulators[c][r] += w[r] * x[c], lane by lane, for kRows rows and kColumns columns. What is asked for is
+// read from L1 next, or (kLater) once many columns have passed through L1, which then does not hold it.
+template <class Lanes, class W, int kRows, int kColumns, bool kLater>
 TRANCHE_INLINE void multiply_block(Slab<W> w, Slab<typename Lanes::Element> x, int depth, bool first,
                                    const Ahead& ahead, float* accumulators) {
   Vec acc[kColumns][kRows];
@@ -160,8 +161,8 @@ TRANCHE_INLINE void multiply_block(Slab<W> w, Slab<typename Lanes::Element> x, i
   const char* ask = ahead.first;
   for (int64_t k = 0; k < whole; k += Lanes::kStep, ask += ahead.advance) {
     const char* line = ask;
-    // each line is read once from memory: it need not drive out what L2 and L3 hold
-    for (int i = 0; i < ahead.rows; ++i, line += ahead.stride) __builtin_prefetch(line, 0, 0);
+    // each line is read once from memory: where L1 will do, it need not drive out what L2 and L3 hold
+    for (int i = 0; i < ahead.rows; ++i, line += ahead.stride) __builtin_prefetch(line, 0, kLater ? 2 : 0);
     multiply_step<Lanes, W, kRows, kColumns, false>(w, x, k, 0, acc);
   }
   if (whole < depth) multiply_step<Lanes, W, kRows, kColumns, true>(w, x, whole, int(depth - whole), acc);
@@ -323,10 +324,10 @@ class LaneEngine {
         const Slab<Element> of_x{x.first + c * x.stride + k, x.stride};
         float* sums = acc + c / kBlockColumns * kBlock;
         if (many) {
-          block<kRows>(width, Slab<Element>{staged, kStagedStride}, of_x, int(round_up(length, Lanes::kStep)),
-                       k == 0, ahead, sums);
+          block<kRows, true>(width, Slab<Element>{staged, kStagedStride}, of_x,
+                             int(round_up(length, Lanes::kStep)), k == 0, ahead, sums);
         } else {
-          block<kRows>(width, Slab<W>{w.first + k, w.stride}, of_x, length, k == 0, ahead, sums);
+          block<kRows, false>(width, Slab<W>{w.first + k, w.stride}, of_x, length, k == 0, ahead, sums);
         }
       }
     }
@@ -340,17 +341,17 @@ class LaneEngine {
     if (k < n) Lanes::store(Lanes::load_first(from + k, n - k), to + k);
   }
 
-  template <int kRows, class W>
+  template <int kRows, bool kLater, class W>
   TRANCHE_INLINE void block(int columns, Slab<W> w, Slab<Element> x, int depth, bool first,
                             const Ahead& ahead, float* acc) {
     switch (columns) {
       case 1:
-        return multiply_block<Lanes, W, kRows, 1>(w, x, depth, first, ahead, acc);
+        return multiply_block<Lanes, W, kRows, 1, kLater>(w, x, depth, first, ahead, acc);
       case 2:
-        return multiply_block<Lanes, W, kRows, 2>(w, x, depth, first, ahead, acc);
+        return multiply_block<Lanes, W, kRows, 2, kLater>(w, x, depth, first, ahead, acc);
 #if defined(__AVX512F__)
       case 3:
-        return multiply_block<Lanes, W, kRows, 3>(w, x, depth, first, ahead, acc);
+        return multiply_block<Lanes, W, kRows, 3, kLater>(w, x, depth, first, ahead, acc);
 #endif
     }
   }

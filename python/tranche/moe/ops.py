@@ -157,51 +157,39 @@ def _expect(condition: bool, expected: str, got: object, remedy: str) -> None:
         raise ValueError(f"tranche.moe_experts: expected {expected}, got {got}. {remedy}")
 
 
-_Stacks = tuple[Tensor | None, Tensor, Tensor]
+_Stack = Tensor | PackedExperts | None
+_Flat = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _expect_packed(name: str, stack: _Stack, up: PackedExperts, shape: tuple[int, int]) -> PackedExperts:
+    if not isinstance(stack, PackedExperts):
+        raise ValueError(
+            f"tranche.moe_experts: expected packed {name}, as w_up is, got {type(stack).__name__}. "
+            "tranche.moe.pack_experts makes one."
+        )
+    got = (stack.out_features, stack.in_features)
+    _expect(
+        got == shape, f"{name} of {list(shape)} features an expert", list(got), "x and w_up give the sizes."
+    )
+    _expect(
+        stack.layout == up.layout, f"{name} in layout {up.layout}, as w_up is", stack.layout, "Pack it again."
+    )
+    return stack
 
 
 def _unpacked(
-    x: Tensor,
-    stacks: tuple[Tensor | PackedExperts | None, PackedExperts, Tensor | PackedExperts],
-    scales: tuple[Tensor | None, ...],
-    bits: int | None,
-) -> tuple[_Stacks, tuple[Tensor | None, ...], tuple[int, int]]:
-    """Data, scales, and bits with the layout, of gate, up and down."""
-    up, (hidden, inner) = stacks[1], (x.size(-1), stacks[1].out_features)
-    data: list[Tensor | None] = []
-    for name, stack, scale, shape in zip(
-        ("w_gate", "w_up", "w_down"),
-        stacks,
-        scales,
-        ((inner, hidden), (inner, hidden), (hidden, inner)),
-        strict=True,
-    ):
-        _expect(scale is None, f"no {name}_scale for packed experts", "one", "They have their own.")
-        if stack is None and name == "w_gate":
-            data.append(None)
-            continue
-        _expect(
-            isinstance(stack, PackedExperts),
-            f"packed {name}, as w_up is",
-            type(stack).__name__,
-            "tranche.moe.pack_experts makes one.",
-        )
-        got = (stack.out_features, stack.in_features)
-        _expect(
-            got == shape,
-            f"{name} of {list(shape)} features an expert",
-            list(got),
-            "x and w_up give the sizes.",
-        )
-        _expect(
-            stack.layout == up.layout,
-            f"{name} in layout {up.layout}, as w_up is",
-            stack.layout,
-            "Pack it again.",
-        )
-        data.append(stack.data)
-    own = tuple(None if stack is None else stack.scale for stack in stacks)
-    return tuple(data), own, (STORED_BITS if bits is None else bits, up.layout)
+    x: Tensor, w_gate: _Stack, up: PackedExperts, w_down: _Stack, scales: _Flat
+) -> tuple[_Flat, _Flat]:
+    """Data and scales of gate, up and down."""
+    given = next((n for n, s in zip(("gate", "up", "down"), scales, strict=True) if s is not None), None)
+    _expect(given is None, f"no w_{given}_scale for packed experts", "one", "They have their own.")
+    hidden, inner = x.size(-1), up.out_features
+    gate = None if w_gate is None else _expect_packed("w_gate", w_gate, up, (inner, hidden))
+    _expect_packed("w_up", up, up, (inner, hidden))
+    down = _expect_packed("w_down", w_down, up, (hidden, inner))
+    if gate is None:
+        return (None, up.data, down.data), (None, up.scale, down.scale)
+    return (gate.data, up.data, down.data), (gate.scale, up.scale, down.scale)
 
 
 def fused_experts(
@@ -253,15 +241,19 @@ def fused_experts(
             TRANCHE_CHECK=1) such an id is left out.
     """
     code = _index("moe_experts", "activation", activation, ACTIVATIONS)
-    scales = (w_gate_scale, w_up_scale, w_down_scale)
+    scales: _Flat = (w_gate_scale, w_up_scale, w_down_scale)
     listed = (None, None) if plan is None else (plan.offsets, plan.slots)
-    layout: tuple[int | None, int] = (bits, GUARDED_PLANES)
+    layout = GUARDED_PLANES
     if isinstance(w_up, PackedExperts):
-        matrices, scales, layout = _unpacked(x, (w_gate, w_up, w_down), scales, bits)
+        matrices, scales = _unpacked(x, w_gate, w_up, w_down, scales)
+        bits, layout = STORED_BITS if bits is None else bits, w_up.layout
     else:
         _expect(bits is None, "no bits for weights that are not packed", bits, "Pack them with pack_experts.")
-        mixed = isinstance(w_gate, PackedExperts) or isinstance(w_down, PackedExperts)
-        _expect(not mixed, "packed w_up, as another is", "a Tensor", "tranche.moe.pack_experts makes one.")
+        if isinstance(w_gate, PackedExperts) or isinstance(w_down, PackedExperts):
+            raise ValueError(
+                "tranche.moe_experts: expected packed w_up, as another is, got a Tensor. "
+                "tranche.moe.pack_experts makes one."
+            )
         matrices = (w_gate, w_up, w_down)
     if _needs_grad(x, *matrices, topk_weights):
         if scales[1] is not None:
@@ -272,7 +264,9 @@ def fused_experts(
         from tranche.moe.autograd import Experts
 
         return Experts.apply(x, *matrices, topk_weights, topk_ids, code, *listed)
-    return _library.ops().moe_experts(x, *matrices, topk_weights, topk_ids, code, *scales, *listed, *layout)
+    return _library.ops().moe_experts(
+        x, *matrices, topk_weights, topk_ids, code, *scales, *listed, bits, layout
+    )
 
 
 @_library.register_fake("moe_experts")
