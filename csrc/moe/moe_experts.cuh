@@ -158,12 +158,20 @@ __device__ __forceinline__ void multiply(const LaneRows<W>& rows, const LaneColu
   } else {
     int k = warp * MoeExpertsTraits::kChunk + lane % 4 * 8;
     LaneWeights<T, W> w;
-    w.load(rows, k, depth);
-    for (int first = warp * MoeExpertsTraits::kChunk; first < depth; first += kStep, k += kStep) {
-      LaneWeights<T, W> ahead;  // asked for before the present ones are used
-      ahead.load(rows, k + kStep, depth);
-      multiply_chunk(w, columns, count, k, depth, sums);
-      w = ahead;
+    if constexpr (std::is_same_v<W, Packed>) {
+      // decoding needs the registers: others of the warps that then fit ask for what comes next
+      for (int first = warp * MoeExpertsTraits::kChunk; first < depth; first += kStep, k += kStep) {
+        w.load(rows, k, depth);
+        multiply_chunk(w, columns, count, k, depth, sums);
+      }
+    } else {
+      w.load(rows, k, depth);
+      for (int first = warp * MoeExpertsTraits::kChunk; first < depth; first += kStep, k += kStep) {
+        LaneWeights<T, W> ahead;  // asked for before the present ones are used
+        ahead.load(rows, k + kStep, depth);
+        multiply_chunk(w, columns, count, k, depth, sums);
+        w = ahead;
+      }
     }
   }
   constexpr int kColumns = 8 * kColumnTiles;

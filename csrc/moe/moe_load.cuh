@@ -108,10 +108,12 @@ __device__ __forceinline__ Eight<T> load_eight(PackedRow from, int k, int depth)
   Eight<T> e = no_eight<T>();
   if (from.row < 0 || k >= depth) return e;
   const PackedWeight& w = *from.w;
-  const int64_t tile = from.row / kTileRows * w.input_tiles + k / kTileInputs;
+  // offsets of 32 bits from where a stream starts: fewer registers than addresses take
+  const uint32_t tile = uint32_t(from.row / kTileRows) * uint32_t(w.input_tiles) + uint32_t(k / kTileInputs);
   const int row = from.row % kTileRows, q = k % kTileInputs / 16, s = k % 16 / 4;
   const auto word = [&](int slice, int at) {
-    return slice < w.slices ? *reinterpret_cast<const uint32_t*>(slice_stream(w, slice, tile) + 4 * at) : 0u;
+    const uint32_t offset = (slice == 1 || slice == 4 ? 64u : 128u) * tile + 4u * uint32_t(at);
+    return slice < w.slices ? *reinterpret_cast<const uint32_t*>(slice_stream(w, slice, 0) + offset) : 0u;
   };
   TileRow packed = {};  // what it holds of q alone, as if that were 0
   packed.two[0][0] = word(0, 16 * q + row);

@@ -87,7 +87,7 @@ def route(
         from tranche.moe.autograd import Route
 
         return Route.apply(x, weight, rms_weight, options, eps)
-    return _library.ops().moe_route(x, weight, *options, rms_weight, eps)
+    return _library.ops().moe_route.default(x, weight, *options, rms_weight, eps)
 
 
 @_library.register_fake("moe_route")
@@ -264,7 +264,7 @@ def fused_experts(
         from tranche.moe.autograd import Experts
 
         return Experts.apply(x, *matrices, topk_weights, topk_ids, code, *listed)
-    return _library.ops().moe_experts(
+    return _library.ops().moe_experts.default(
         x, *matrices, topk_weights, topk_ids, code, *scales, *listed, bits, layout
     )
 
@@ -305,7 +305,7 @@ def _draft(
         from tranche.moe.autograd import Draft
 
         return Draft.apply(x, router, w_gate, w_up, w_down, residual, (top_k, contrast, variant, activation))
-    first, second, _, _ = _library.ops().moe_draft(
+    first, second, _, _ = _library.ops().moe_draft.default(
         x, router, w_gate, w_up, w_down, top_k, contrast, residual, variant, activation
     )
     return first, second
