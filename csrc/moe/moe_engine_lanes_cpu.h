@@ -13,6 +13,15 @@ constexpr int kBlockRows = 8, kBlockColumns = 3;  // 24 accumulators of 32 regis
 constexpr int kBlockRows = 4, kBlockColumns = 2;  // 8 of 16
 #endif
 
+// Where weights are asked for. Each line is read once from memory: it need not drive out what L2 and L3 hold,
+// and on Zen it best comes into L1 alone. Processors with AMX fetch half as fast that way, and lose the line
+// when L1 needs room: they ask for L2.
+#if defined(__AMX_BF16__)
+constexpr int kWeightsLocality = 2;
+#else
+constexpr int kWeightsLocality = 0;
+#endif
+
 // fp32 columns: lane k % kWidth sums elements k, k + kWidth, ... by FMA.
 struct FmaLanes {
   using Element = float;
@@ -144,9 +153,8 @@ TRANCHE_INLINE void multiply_step(Slab<W> w, Slab<typename Lanes::Element> x, in
   }
 }
 
-// accumulators[c][r] += w[r] * x[c], lane by lane, for kRows rows and kColumns columns. What is asked for is
-// read from L1 next, or (kLater) once many columns have passed through L1, which then does not hold it.
-template <class Lanes, class W, int kRows, int kColumns, bool kLater>
+// accumulators[c][r] += w[r] * x[c], lane by lane, for kRows rows and kColumns columns.
+template <class Lanes, class W, int kRows, int kColumns>
 TRANCHE_INLINE void multiply_block(Slab<W> w, Slab<typename Lanes::Element> x, int depth, bool first,
                                    const Ahead& ahead, float* accumulators) {
   Vec acc[kColumns][kRows];
@@ -161,8 +169,9 @@ TRANCHE_INLINE void multiply_block(Slab<W> w, Slab<typename Lanes::Element> x, i
   const char* ask = ahead.first;
   for (int64_t k = 0; k < whole; k += Lanes::kStep, ask += ahead.advance) {
     const char* line = ask;
-    // each line is read once from memory: where L1 will do, it need not drive out what L2 and L3 hold
-    for (int i = 0; i < ahead.rows; ++i, line += ahead.stride) __builtin_prefetch(line, 0, kLater ? 2 : 0);
+    for (int i = 0; i < ahead.rows; ++i, line += ahead.stride) {
+      __builtin_prefetch(line, 0, kWeightsLocality);
+    }
     multiply_step<Lanes, W, kRows, kColumns, false>(w, x, k, 0, acc);
   }
   if (whole < depth) multiply_step<Lanes, W, kRows, kColumns, true>(w, x, whole, int(depth - whole), acc);
@@ -324,10 +333,10 @@ class LaneEngine {
         const Slab<Element> of_x{x.first + c * x.stride + k, x.stride};
         float* sums = acc + c / kBlockColumns * kBlock;
         if (many) {
-          block<kRows, true>(width, Slab<Element>{staged, kStagedStride}, of_x,
-                             int(round_up(length, Lanes::kStep)), k == 0, ahead, sums);
+          block<kRows>(width, Slab<Element>{staged, kStagedStride}, of_x, int(round_up(length, Lanes::kStep)),
+                       k == 0, ahead, sums);
         } else {
-          block<kRows, false>(width, Slab<W>{w.first + k, w.stride}, of_x, length, k == 0, ahead, sums);
+          block<kRows>(width, Slab<W>{w.first + k, w.stride}, of_x, length, k == 0, ahead, sums);
         }
       }
     }
@@ -341,17 +350,17 @@ class LaneEngine {
     if (k < n) Lanes::store(Lanes::load_first(from + k, n - k), to + k);
   }
 
-  template <int kRows, bool kLater, class W>
+  template <int kRows, class W>
   TRANCHE_INLINE void block(int columns, Slab<W> w, Slab<Element> x, int depth, bool first,
                             const Ahead& ahead, float* acc) {
     switch (columns) {
       case 1:
-        return multiply_block<Lanes, W, kRows, 1, kLater>(w, x, depth, first, ahead, acc);
+        return multiply_block<Lanes, W, kRows, 1>(w, x, depth, first, ahead, acc);
       case 2:
-        return multiply_block<Lanes, W, kRows, 2, kLater>(w, x, depth, first, ahead, acc);
+        return multiply_block<Lanes, W, kRows, 2>(w, x, depth, first, ahead, acc);
 #if defined(__AVX512F__)
       case 3:
-        return multiply_block<Lanes, W, kRows, 3, kLater>(w, x, depth, first, ahead, acc);
+        return multiply_block<Lanes, W, kRows, 3>(w, x, depth, first, ahead, acc);
 #endif
     }
   }

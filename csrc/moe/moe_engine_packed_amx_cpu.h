@@ -14,7 +14,7 @@ class PackedAmxEngine {
   using Session = Tiles;
 
   static int64_t panel_bytes(int depth) { return kPanel * round_up(depth, kTileInputs) * 2; }
-  static int64_t scratch_bytes() { return kRun * kTileBytes; }
+  static int64_t scratch_bytes() { return kRing * kTileBytes; }
 
   static void pack(const bf16* const (&rows)[kPanel], int depth, void* panel) {
     char* to = static_cast<char*>(panel);
@@ -54,7 +54,9 @@ class PackedAmxEngine {
   }
 
  private:
-  static constexpr int64_t kRun = 4;  // tiles decoded at a time, into L1
+  // A tile is multiplied when kLag later ones are decoded: it has then left the store buffer, and products,
+  // each of which waits for the one before, run beside decoding.
+  static constexpr int64_t kLag = 4, kRing = 8;
 
   // Tiles 0..3 are the accumulators of the panels, 4 weights, 6 and 7 columns.
   template <int kPanels>
@@ -85,17 +87,15 @@ class PackedAmxEngine {
     if constexpr (kPanels > 1) TRANCHE_TILE_ZERO(1);
     if constexpr (kPanels > 2) TRANCHE_TILE_ZERO(2);
     if constexpr (kPanels > 3) TRANCHE_TILE_ZERO(3);
-    for (int64_t t = 0; t < w.input_tiles; t += kRun) {
-      const int64_t end = least(t + kRun, w.input_tiles);
-      for (int64_t i = t; i < end; ++i) {
-        prefetch_tile<slices, false>(from, i + kPackedAhead);
-        char* to = staged + (i - t) * kTileBytes;
+    for (int64_t t = 0; t < w.input_tiles + kLag; ++t) {
+      if (t < w.input_tiles) {
+        prefetch_tile<slices, false>(from, t + kPackedAhead);
+        char* to = staged + t % kRing * kTileBytes;
         decode_weights<PackedDotLanes, slices, exact>(
-            from, i, rounding, [to](int v, int, Bytes weights) { bstore(to + 64 * v, weights); });
+            from, t, rounding, [to](int v, int, Bytes weights) { bstore(to + 64 * v, weights); });
       }
-      for (int64_t i = t; i < end; ++i, x += kTileBytes) {
-        step<kPanels>(staged + (i - t) * kTileBytes, x, panel);
-      }
+      if (t >= kLag)
+        step<kPanels>(staged + (t - kLag) % kRing * kTileBytes, x + (t - kLag) * kTileBytes, panel);
     }
     // an accumulator is [column][row], as the result is
     TRANCHE_TILE_STORE(0, result, 64);
