@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -188,6 +191,29 @@ def test_any_case_on_the_cpu(seed, tokens, hidden, inner, experts, dtype, gated,
     top_k = data.draw(st.integers(1, experts))
     sizes = {"tokens": tokens, "hidden": hidden, "inner": inner, "experts": experts, "top_k": top_k}
     packed(make_layer(seed, **sizes, dtype=dtype, gated=gated), number).check()
+
+
+def check_many():
+    """Every precision and type on the CPU, in shapes with tails, few columns and many."""
+    for number in BITS:
+        for dtype in FLOATS:
+            for tokens, hidden, inner in ((1, 33, 17), (7, 160, 40), (70, 64, 96)):
+                layer = make_layer(number, tokens=tokens, hidden=hidden, inner=inner, experts=3, dtype=dtype)
+                layer = packed(layer, number)
+                layer.check()
+                assert_same_bits(layer.some([tokens - 1]).run(), layer.run()[tokens - 1 :])
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_other_instruction_sets(isa):
+    run = subprocess.run(
+        [sys.executable, "-c", "from tests.moe.test_packed import check_many; check_many()"],
+        env={**os.environ, "TRANCHE_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_plans_and_no_tokens(backend):
