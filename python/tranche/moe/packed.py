@@ -59,8 +59,9 @@ def pack_experts(weight: Tensor, scale: Tensor | None = None) -> PackedExperts:
             f"{list(weight.shape)} of {weight.dtype}. Stack the experts' matrices."
         )
     experts, outputs, inputs = weight.shape
-    is_codes = weight.dtype == torch.int8
-    if (is_codes and scale is None) or (scale is not None and list(scale.shape) != [experts, outputs]):
+    if (weight.dtype == torch.int8 and scale is None) or (
+        scale is not None and list(scale.shape) != [experts, outputs]
+    ):
         raise ValueError(
             f"tranche.moe.pack_experts: expected scale of shape {[experts, outputs]}, got "
             f"{'none' if scale is None else list(scale.shape)}. Each output of an expert has its scale."
@@ -69,8 +70,10 @@ def pack_experts(weight: Tensor, scale: Tensor | None = None) -> PackedExperts:
     data = weight.new_empty((experts, 512 * tiles), dtype=torch.uint8)
     scales = weight.new_empty((experts, outputs), dtype=torch.float32)
     for e in range(experts):
-        given = None if scale is None else scale[e]
-        codes, scales[e] = (weight[e], given) if is_codes else quantize(weight[e], scale=given)
+        if scale is not None and weight.dtype == torch.int8:
+            codes, scales[e] = weight[e], scale[e]
+        else:
+            codes, scales[e] = quantize(weight[e], scale=None if scale is None else scale[e])
         data[e] = pack(codes).data
     return PackedExperts(data, scales, outputs, inputs)
 
