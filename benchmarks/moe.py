@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Row, Workload
-from tranche.moe import draft_moe, fused_experts, reference, route
+from tranche.bits import PackedWeight, dequantize
+from tranche.moe import draft_moe, fused_experts, pack_experts, reference, route
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -204,6 +205,53 @@ class Sparse:
         )
 
 
+class PackedSparse:
+    """A sparse layer of packed experts at one precision; its baselines have the weights that this stands for.
+
+    There are as many copies as no cache holds, which rotate with the tokens.
+    """
+
+    COPIES_OF_DENSE, COPIES_OF_PACKED = 2, 4
+
+    def __init__(self, layer: Layer, tokens: int, bits: int, dtype: torch.dtype, device: str, buffers: int):
+        self.dense = [Sparse(layer, tokens, dtype, device, buffers)]
+        first = self.dense[0]
+        self.bits, self.x, self.router, self.top_k = bits, first.x, first.router, layer.top_k
+        stacks = [pack_experts(w) for w in (*first.gate_up.chunk(2, 1), first.down)]
+        gate, up, down = (
+            torch.stack(
+                [dequantize(s.expert(e), s.scale[e], bits, dtype=dtype) for e in range(layer.experts)]
+            )
+            for s in stacks
+        )
+        first.gate_up, first.down = torch.cat([gate, up], 1), down
+        for _ in range(1, self.COPIES_OF_DENSE):
+            copy = Sparse.__new__(Sparse)
+            copy.__dict__.update(first.__dict__, gate_up=first.gate_up.clone(), down=down.clone())
+            self.dense.append(copy)
+        self.packed = [
+            [replace(s, data=s.data.clone()) for s in stacks] for _ in range(self.COPIES_OF_PACKED)
+        ]
+
+    def ours(self, i: int) -> Tensor:
+        weights, ids = route(self.x[i], self.router, self.top_k)
+        stacks = self.packed[i % len(self.packed)]
+        return fused_experts(self.x[i], *stacks, weights, ids, bits=self.bits)
+
+    def workload(self) -> Workload:
+        workload = self.dense[0].workload()
+
+        def over_copies(name: str) -> Callable[[int], Tensor]:
+            calls = [getattr(layer, name) for layer in self.dense]
+            return lambda i: calls[i % len(calls)](i)
+
+        names = {"bf16": "ours", "eager": "eager", "grouped_mm": "grouped"}
+        if "eager" not in workload.baselines:
+            names.pop("eager")
+        baselines = {name: over_copies(method) for name, method in names.items()}
+        return replace(workload, ours=self.ours, baselines=baselines)
+
+
 def head_row(
     hidden: int,
     tokens: int,
@@ -245,6 +293,22 @@ def sparse_row(layer: Layer, tokens: int, dtype: str, device: str, quick: bool =
     )
 
 
+def packed_row(layer: Layer, tokens: int, bits: int, dtype: str, device: str) -> Row:
+    """One shape of route and fused_experts over packed experts."""
+    touched = layer.experts * (1 - (1 - layer.top_k / layer.experts) ** tokens)
+    parameters = 3 * layer.hidden * layer.inner
+    read = PackedWeight(torch.empty(parameters, dtype=torch.uint8, device="meta"), 0, 0).bytes_read(bits)
+    return Row(
+        op="moe_experts",
+        shape=f"{layer.name} E{layer.experts} K{layer.top_k} T{tokens} {bits}bit",
+        dtype=dtype,
+        bytes_read=int(touched * (read + 4 * (layer.hidden + 2 * layer.inner))),
+        operations=2 * parameters * layer.top_k * tokens,
+        math="bf16",
+        build=lambda buffers: PackedSparse(layer, tokens, bits, DTYPES[dtype], device, buffers).workload(),
+    )
+
+
 def rows(device: str) -> list[Row]:
     """All rows for a device."""
     cpu = device == "cpu"
@@ -261,4 +325,7 @@ def rows(device: str) -> list[Row]:
     for layer in (MIXTRAL, QWEN, DEEPSEEK):
         for tokens in (1, 10, 64, 256):
             table.append(sparse_row(layer, tokens, "bf16", device, quick=layer is QWEN and tokens == 10))
+    for tokens in (1, 10):
+        for bits in (8, 4):
+            table.append(packed_row(QWEN, tokens, bits, "bf16", device))
     return table

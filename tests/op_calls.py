@@ -195,6 +195,12 @@ def _(ops: Any, device: str, dtype: torch.dtype) -> None:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, weights = normal(device, dtype, TOKENS, HIDDEN), normal(device, wide, TOKENS, 2)
     ops.moe_experts(x, *experts(device, dtype, EXPERTS), weights, ids)
+    if dtype == torch.float64:
+        return
+    tiles = 512 * (INNER // 16) * (HIDDEN // 32), 512 * (HIDDEN // 16) * -(-INNER // 32)
+    up, down = (integers(device, torch.int32, 256, EXPERTS, size).to(torch.uint8) for size in tiles)
+    of_up, of_down = (full(device, torch.float32, 0.1, EXPERTS, size) for size in (INNER, HIDDEN))
+    ops.moe_experts(x, up, up, down, weights, ids, 0, of_up, of_up, of_down, bits=4)
 
 
 @call("moe_draft", *FLOATS)

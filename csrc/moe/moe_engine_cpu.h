@@ -1,21 +1,23 @@
-// Products of 16 weight rows with up to 64 columns (tokens): what all engines share, and the fp64 engine.
+// Products of 16 weight rows (kTileRows) with up to 64 columns (tokens): what all engines share, and the fp64
+// engine.
 //
 // An engine keeps columns in panels of 16, in the layout that its product reads. Each sum is one fixed
 // sequence of operations whatever the number of columns, so a column's bits do not depend on its neighbours:
 //   LaneEngine  the lanes of one vector run along k; a fixed tree adds them (moe_engine_lanes_cpu.h)
 //   AmxEngine   one tile accumulator along all k (moe_engine_amx_cpu.h)
 //   F64Engine   eight lanes of double along k
+// and those of packed weights, whose lanes are the 16 rows (moe_engine_packed_cpu.h).
 #pragma once
 
 #include <cstring>
 
+#include "bits/packed.h"
 #include "core/arena.h"
 #include "core/simd.h"
 
 namespace tranche::cpu::TRANCHE_ISA {
 
 constexpr int kPanel = 16;         // columns in a panel
-constexpr int kTileRows = 16;      // weight rows in a product
 constexpr int kGroupColumns = 64;  // columns in a product at most
 
 // Rows of a matrix in memory. What lies beyond `rows` and `columns` is never read.

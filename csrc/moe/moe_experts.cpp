@@ -27,10 +27,11 @@ Tensor moe_experts(const Tensor& x, const std::optional<Tensor>& w_gate, const T
                    const Tensor& w_down, const Tensor& topk_weights, const Tensor& topk_ids,
                    int64_t activation, const std::optional<Tensor>& w_gate_scale,
                    const std::optional<Tensor>& w_up_scale, const std::optional<Tensor>& w_down_scale,
-                   const std::optional<Tensor>& offsets, const std::optional<Tensor>& slots) {
+                   const std::optional<Tensor>& offsets, const std::optional<Tensor>& slots,
+                   std::optional<int64_t> bits, int64_t layout) {
   const TensorChecks check("moe_experts");
   check_activations(check, "x", x);
-  const ExpertTensors weights{w_gate, w_up, w_down, w_gate_scale, w_up_scale, w_down_scale};
+  const ExpertTensors weights{w_gate, w_up, w_down, w_gate_scale, w_up_scale, w_down_scale, bits, layout};
   weights.check(check, x);
   const int64_t tokens = x.size(0), experts = weights.experts();
   check.dim("topk_ids", topk_ids, 2, "[T, K]");
@@ -85,7 +86,7 @@ REGISTER_OP(
     moe_experts,
     "(Tensor x, Tensor? w_gate, Tensor w_up, Tensor w_down, Tensor topk_weights, Tensor topk_ids, "
     "int activation=0, Tensor? w_gate_scale=None, Tensor? w_up_scale=None, Tensor? w_down_scale=None, "
-    "Tensor? offsets=None, Tensor? slots=None) -> Tensor")
+    "Tensor? offsets=None, Tensor? slots=None, int? bits=None, int layout=1) -> Tensor")
 
 }  // namespace
 }  // namespace tranche

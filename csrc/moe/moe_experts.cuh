@@ -47,6 +47,27 @@ __device__ __forceinline__ int lane_column(int tile, int i) {
 template <class W>
 struct LaneRows {
   const W* row[MoeExpertsTraits::kTiles][2];
+
+  // row[tile][half] is `at` of the expert's `rows`.
+  __device__ __forceinline__ void set(int tile, int half, const ExpertMatrices& m, int expert, int at,
+                                      int rows, int, int) {
+    row[tile][half] =
+        at < rows ? static_cast<const W*>(m.data) + expert * m.stride[0] + at * m.stride[1] : nullptr;
+  }
+  __device__ __forceinline__ const W* at(int tile, int half) const { return row[tile][half]; }
+};
+
+template <>
+struct LaneRows<Packed> {
+  PackedWeight w[2];  // whose rows are the first and the second of each tile
+  int row[MoeExpertsTraits::kTiles][2];
+
+  __device__ __forceinline__ void set(int tile, int half, const ExpertMatrices& m, int expert, int at,
+                                      int rows, int columns, int bits) {
+    w[half] = packed_expert(m, expert, rows, columns, bits);
+    row[tile][half] = at < rows ? at : -1;
+  }
+  __device__ __forceinline__ PackedRow at(int tile, int half) const { return {&w[half], row[tile][half]}; }
 };
 
 template <class T, int kColumnTiles>
@@ -66,8 +87,8 @@ struct LaneWeights {
   __device__ __forceinline__ void load(const LaneRows<W>& from, int k, int depth) {
 #pragma unroll
     for (int m = 0; m < MoeExpertsTraits::kTiles; ++m) {
-      rows[m][0] = load_eight<T>(from.row[m][0], k, depth);
-      rows[m][1] = load_eight<T>(from.row[m][1], k, depth);
+      rows[m][0] = load_eight<T>(from.at(m, 0), k, depth);
+      rows[m][1] = load_eight<T>(from.at(m, 1), k, depth);
     }
   }
 };
@@ -137,12 +158,20 @@ __device__ __forceinline__ void multiply(const LaneRows<W>& rows, const LaneColu
   } else {
     int k = warp * MoeExpertsTraits::kChunk + lane % 4 * 8;
     LaneWeights<T, W> w;
-    w.load(rows, k, depth);
-    for (int first = warp * MoeExpertsTraits::kChunk; first < depth; first += kStep, k += kStep) {
-      LaneWeights<T, W> ahead;  // asked for before the present ones are used
-      ahead.load(rows, k + kStep, depth);
-      multiply_chunk(w, columns, count, k, depth, sums);
-      w = ahead;
+    if constexpr (std::is_same_v<W, Packed>) {
+      // decoding needs the registers: others of the warps that then fit ask for what comes next
+      for (int first = warp * MoeExpertsTraits::kChunk; first < depth; first += kStep, k += kStep) {
+        w.load(rows, k, depth);
+        multiply_chunk(w, columns, count, k, depth, sums);
+      }
+    } else {
+      w.load(rows, k, depth);
+      for (int first = warp * MoeExpertsTraits::kChunk; first < depth; first += kStep, k += kStep) {
+        LaneWeights<T, W> ahead;  // asked for before the present ones are used
+        ahead.load(rows, k + kStep, depth);
+        multiply_chunk(w, columns, count, k, depth, sums);
+        w = ahead;
+      }
     }
   }
   constexpr int kColumns = 8 * kColumnTiles;
@@ -181,12 +210,6 @@ __device__ __forceinline__ float activate(Activation activation, float x) {
       break;
   }
   return x < 0.0f ? 0.0f : x;
-}
-
-template <class W>
-__device__ __forceinline__ const W* matrix_row(const ExpertMatrices& m, int expert, int row, int rows) {
-  if (row >= rows) return nullptr;
-  return static_cast<const W*>(m.data) + expert * m.stride[0] + row * m.stride[1];
 }
 
 __device__ __forceinline__ float row_scale(const ExpertMatrices& m, int expert, int row, int rows) {
@@ -319,8 +342,8 @@ __device__ __forceinline__ void gate_up_block(const MoeExpertsParams& p, int exp
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
     const int feature = first_feature + m * tile_features + g;
-    rows.row[m][0] = matrix_row<W>(gated ? p.gate : p.up, expert, feature, p.inner);
-    rows.row[m][1] = matrix_row<W>(p.up, expert, gated ? feature : feature + 8, p.inner);
+    rows.set(m, 0, gated ? p.gate : p.up, expert, feature, p.inner, p.hidden, p.bits);
+    rows.set(m, 1, p.up, expert, gated ? feature : feature + 8, p.inner, p.hidden, p.bits);
   }
   for (int first = range.begin; first < range.end; first += kColumns) {
     const int count = range.end - first < kColumns ? range.end - first : kColumns;
@@ -389,8 +412,8 @@ __global__ void __launch_bounds__(MoeExpertsTraits::kThreads) moe_down_kernel(Mo
 #pragma unroll
     for (int m = 0; m < MoeExpertsTraits::kTiles; ++m) {
       const int row = first_row + m * 16 + lane / 4;
-      rows.row[m][0] = matrix_row<W>(p.down, expert, row, p.hidden);
-      rows.row[m][1] = matrix_row<W>(p.down, expert, row + 8, p.hidden);
+      rows.set(m, 0, p.down, expert, row, p.hidden, p.inner, p.bits);
+      rows.set(m, 1, p.down, expert, row + 8, p.hidden, p.inner, p.bits);
     }
     for (int first = begin; first < end; first += kColumns) {
       const int count = end - first < kColumns ? end - first : kColumns;

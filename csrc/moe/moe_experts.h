@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "bits/packed.h"
 #include "core/numeric.h"
 
 namespace tranche {
@@ -13,10 +14,25 @@ enum class Activation : int32_t { silu, gelu, relu };
 
 // One stack of matrices: expert e's row r starts at data + (e * stride[0] + r * stride[1]) elements.
 struct ExpertMatrices {
-  const void* data;    // [E, rows, columns], of Params::type or int8; null: there is none
-  const float* scale;  // [E, rows] contiguous: what int8 rows are multiplied with; null: not int8
-  int64_t stride[2];
+  const void* data;    // [E, rows, columns], of Params::type or int8, or packed weights; null: there is none
+  const float* scale;  // [E, rows] contiguous: what rows of integers are multiplied with; null: no integers
+  int64_t stride[2];   // of packed weights the first alone, in bytes
 };
+
+// What a kernel takes for the type of weights in the layout of bits/packed.h.
+struct Packed {};
+
+TRANCHE_HD PackedWeight packed_expert(const ExpertMatrices& m, int expert, int rows, int columns, int bits) {
+  PackedWeight w{};
+  w.data = static_cast<const uint8_t*>(m.data) + expert * m.stride[0];
+  w.out_features = rows;
+  w.in_features = columns;
+  w.row_tiles = (rows + kTileRows - 1) / kTileRows;
+  w.input_tiles = (columns + kTileInputs - 1) / kTileInputs;
+  w.bits = bits;
+  w.slices = slices_of_bits(bits);
+  return w;
+}
 
 // Sizes: T tokens, H hidden, I inner, E experts, K choices of each token, P <= 2 outputs.
 //
@@ -36,6 +52,7 @@ struct MoeExpertsParams {
 
   int64_t x_stride, residual_stride;  // of a row, in elements
   int32_t tokens, hidden, inner, experts, top_k, outputs;
+  int32_t bits;  // to compute packed weights in; 0: they are not packed
   Activation activation;
   DType type;
 };

@@ -4,6 +4,7 @@
 #include "core/isa.h"
 #if defined(__AMX_BF16__)
 #include "moe/moe_engine_amx_cpu.h"
+#include "moe/moe_engine_packed_amx_cpu.h"
 #endif
 
 namespace tranche::cpu::TRANCHE_ISA {
@@ -12,6 +13,7 @@ namespace {
 template <class T>
 struct ExpertsEngine {
   using type = FmaEngine;
+  using packed = PackedFmaEngine;
 };
 template <>
 struct ExpertsEngine<double> {
@@ -21,11 +23,13 @@ struct ExpertsEngine<double> {
 template <>
 struct ExpertsEngine<bf16> {
   using type = AmxEngine;
+  using packed = PackedAmxEngine;
 };
 #elif defined(__AVX512BF16__)
 template <>
 struct ExpertsEngine<bf16> {
   using type = DotEngine;
+  using packed = PackedDotEngine;
 };
 #endif
 
@@ -35,6 +39,9 @@ TRANCHE_INLINE auto with_experts(const MoeExpertsParams& p, const F& f) {
   return with_type<double, float, half, bf16>("moe_experts", p.type, [&](auto t) {
     using T = decltype(t);
     using Engine = typename ExpertsEngine<T>::type;
+    if constexpr (!__is_same(T, double)) {
+      if (p.bits) return f(Experts<typename ExpertsEngine<T>::packed, T, Packed>(p));
+    }
     return p.up.scale ? f(Experts<Engine, T, int8_t>(p)) : f(Experts<Engine, T, T>(p));
   });
 }

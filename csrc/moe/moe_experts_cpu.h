@@ -5,7 +5,7 @@
 #include "core/parallel.h"
 #include "moe/moe_activation_cpu.h"
 #include "moe/moe_engine_lanes_cpu.h"
-#include "moe/moe_experts.h"
+#include "moe/moe_engine_packed_cpu.h"
 
 namespace tranche::cpu::TRANCHE_ISA {
 
@@ -98,7 +98,11 @@ class Experts {
     return tiles_ + (int64_t(worker) * 3 + index) * kGroupColumns * kTileRows;
   }
   Rows<W> matrix(const ExpertMatrices& m, int expert, int rows, int columns) const {
-    return {static_cast<const W*>(m.data) + expert * m.stride[0], m.stride[1], rows, columns};
+    if constexpr (__is_same(W, Packed)) {
+      return {packed_expert(m, expert, rows, columns, p_.bits)};
+    } else {
+      return {static_cast<const W*>(m.data) + expert * m.stride[0], m.stride[1], rows, columns};
+    }
   }
 
   void pack() const {

@@ -31,6 +31,10 @@ struct Kernels {
 template <class T, class F>
 void with_weights(const MoeExpertsParams& p, const F& f) {
   const bool few = few_columns(p);
+  if (p.bits) {
+    if (few) return f(Kernels<T, Packed, 2>());
+    return f(Kernels<T, Packed, 8>());
+  }
   if (p.up.scale) {
     if (few) return f(Kernels<T, int8_t, 2>());
     return f(Kernels<T, int8_t, 8>());

@@ -1,6 +1,7 @@
 // What the op files of the family share: checks of activations, routers and expert weights, and the plan.
 #pragma once
 
+#include "bits/packed_checks.h"
 #include "core/torch_glue.h"
 #include "moe/moe_experts.h"
 #include "moe/moe_plan.h"
@@ -51,11 +52,14 @@ struct ExpertTensors {
   const std::optional<Tensor>& gate;
   const Tensor &up, &down;
   const std::optional<Tensor>&gate_scale, &up_scale, &down_scale;
+  std::optional<int64_t> bits = std::nullopt;  // of packed stacks
+  int64_t layout = kLayoutGuardedPlanes;
 
   int64_t experts() const { return up.size(0); }
-  int64_t inner() const { return up.size(1); }
+  int64_t inner() const { return bits ? up_scale->size(1) : up.size(1); }
 
   void check(const TensorChecks& check, const Tensor& x) const {
+    if (bits) return check_packed(check, x);
     check.dim("w_up", up, 3, "[E, I, H]");
     check.dim("w_down", down, 3, "[E, H, I]");
     check_expert_count(check, experts());
@@ -85,9 +89,44 @@ struct ExpertTensors {
     p.down = matrices(down, down_scale);
     p.experts = int32_t(experts());
     p.inner = int32_t(inner());
+    p.bits = int32_t(bits.value_or(0));
   }
 
  private:
+  void check_packed(const TensorChecks& check, const Tensor& x) const {
+    check_bits(check, *bits);
+    check.that(layout == kLayoutGuardedPlanes, concat("layout ", kLayoutGuardedPlanes, " (guarded planes)"),
+               layout, "Pack the codes with tranche.moe.pack_experts.");
+    check.dtype("x", x, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
+    check.dim("w_up", up, 2, "[E, bytes]");
+    check_expert_count(check, experts());
+    check.that(up_scale.has_value(), "w_up_scale for packed weights", "none",
+               "Each output of an expert has its scale.");
+    check.dim("w_up_scale", *up_scale, 2, "[E, I]");
+    check.that(inner() >= 1 && inner() <= INT32_MAX - 32, "w_up_scale.size(1) >= 1", inner(),
+               "An expert has an inner size.");
+    check_packed_stack(check, "w_up", up, "w_up_scale", up_scale, x, inner(), x.size(1));
+    check_packed_stack(check, "w_down", down, "w_down_scale", down_scale, x, x.size(1), inner());
+    if (gate) {
+      check_packed_stack(check, "w_gate", *gate, "w_gate_scale", gate_scale, x, inner(), x.size(1));
+    } else {
+      check.that(!gate_scale, "no w_gate_scale without w_gate", "one", "Leave it out.");
+    }
+  }
+
+  void check_packed_stack(const TensorChecks& check, Phrase name, const Tensor& stack, Phrase scale_name,
+                          const std::optional<Tensor>& scale, const Tensor& x, int64_t rows,
+                          int64_t columns) const {
+    check.exactly(name, stack, ScalarType::Byte, {experts(), packed_bytes(rows, columns)}, "[E, bytes]",
+                  "x and w_up_scale", x);
+    check.that(reinterpret_cast<uintptr_t>(stack.const_data_ptr()) % 16 == 0,
+               concat(name, " aligned to 16 bytes"), "a view that is not",
+               concat("Call ", name, ".clone()."));
+    check.that(scale.has_value(), concat(scale_name, " for packed weights"), "none",
+               "Each output of an expert has its scale.");
+    check.exactly(scale_name, *scale, ScalarType::Float, {experts(), rows}, "[E, rows]", "its weights", x);
+  }
+
   static void check_stack(const TensorChecks& check, Phrase name, const Tensor& stack, const Tensor& x,
                           std::initializer_list<int64_t> shape, const char* shape_name) {
     check.dim(name, stack, 3, shape_name);

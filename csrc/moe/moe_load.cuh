@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "bits/packed.h"
 #include "core/ptx.cuh"
 
 namespace tranche {
@@ -90,6 +91,49 @@ __device__ __forceinline__ Eight<T> load_eight(const W* row, int k, int depth) {
     for (int i = 0; i < 4; ++i) {
       const uint32_t word = bytes[i / 2] >> (16 * (i % 2));
       e.pair[i] = ptx::pack<T>(float(int8_t(word & 0xffu)), float(int8_t(word >> 8 & 0xffu)));
+    }
+  }
+  return e;
+}
+
+// One row of a packed weight; -1: none.
+struct PackedRow {
+  const PackedWeight* w;
+  int row;
+};
+
+// Likewise, but that elements from `depth` on may be any code: what they meet is 0.
+template <class T>
+__device__ __forceinline__ Eight<T> load_eight(PackedRow from, int k, int depth) {
+  Eight<T> e = no_eight<T>();
+  if (from.row < 0 || k >= depth) return e;
+  const PackedWeight& w = *from.w;
+  // offsets of 32 bits from where a stream starts: fewer registers than addresses take
+  const uint32_t tile = uint32_t(from.row / kTileRows) * uint32_t(w.input_tiles) + uint32_t(k / kTileInputs);
+  const int row = from.row % kTileRows, q = k % kTileInputs / 16, s = k % 16 / 4;
+  const auto word = [&](int slice, int at) {
+    const uint32_t offset = (slice == 1 || slice == 4 ? 64u : 128u) * tile + 4u * uint32_t(at);
+    return slice < w.slices ? *reinterpret_cast<const uint32_t*>(slice_stream(w, slice, 0) + offset) : 0u;
+  };
+  TileRow packed = {};  // what it holds of q alone, as if that were 0
+  packed.two[0][0] = word(0, 16 * q + row);
+  packed.two[1][0] = word(2, 16 * q + row);
+  packed.two[2][0] = word(3, 16 * q + row);
+  packed.one[0] = word(1, row) >> q;
+  packed.one[1] = word(4, row) >> q;
+  const Rounding rounding = rounding_of_bits(w.bits);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t bytes = round_word(unpack_word(packed, 0, s + half), rounding);
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const float low = float(int32_t(bytes >> (8 * i) & 0xffu) - 128);
+      const float high = float(int32_t(bytes >> (8 * i + 8) & 0xffu) - 128);
+      if constexpr (std::is_same_v<T, float>) {
+        e.value[4 * half + i] = low, e.value[4 * half + i + 1] = high;
+      } else {
+        e.pair[2 * half + i / 2] = ptx::pack<T>(low, high);
+      }
     }
   }
   return e;

@@ -8,7 +8,8 @@ import re
 import pytest
 import torch
 
-from tranche.moe import JakiroMoE, SparseMoE, convert_moe, reference
+from tranche import bits
+from tranche.moe import BitSwitchExperts, JakiroMoE, SparseMoE, convert_moe, pack_experts, reference
 
 
 def test_jakiro_has_the_published_keys():
@@ -134,3 +135,52 @@ def test_blocks_of_transformers(kind):
 def test_a_block_that_does_not_fit():
     with pytest.raises(ValueError, match=r"expected a Mixtral-.*got Linear\. Call fused_experts"):
         SparseMoE(torch.nn.Linear(2, 2))
+
+
+def test_packed_blocks_switch_precision():
+    torch.manual_seed(0)
+    model = small_model("qwen3").eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.2)
+    tokens = torch.randint(0, 50, (2, 7))
+    weights = model.model.layers[0].mlp.experts
+    dense = [*weights.gate_up_proj.detach().chunk(2, 1), weights.down_proj.detach()]
+    with torch.no_grad():
+        exact = model(tokens).logits
+        assert convert_moe(model, bits=8) == 2
+        eight = model(tokens).logits
+        with bits.at_bits(model, 3):
+            three = model(tokens).logits
+        assert torch.equal(model(tokens).logits, eight)
+        bits.set_bits(model, 3)
+        assert torch.equal(model(tokens).logits, three)
+    assert 0 < float((eight - exact).abs().max()) < float((three - exact).abs().max())
+    assert not any("gate_up_proj" in key for key in model.state_dict())
+    experts = model.model.layers[0].mlp.experts
+    for name, weight in zip(("gate", "up", "down"), dense, strict=True):
+        packed = experts.packed(name)
+        assert torch.equal(packed.data, pack_experts(weight).data)
+        assert (reference.dense(packed) - weight).abs().max() <= packed.scale.max()
+
+
+def test_packed_experts_are_saved_and_moved():
+    stacks = (torch.randn(3, 8, 16), torch.randn(3, 8, 16), torch.randn(3, 16, 8))
+    ours, other = BitSwitchExperts(*stacks, bits=4), BitSwitchExperts(*(w * 2 for w in stacks))
+    other.load_state_dict(ours.state_dict())
+    arguments = (torch.randn(4, 16), torch.rand(4, 2), torch.tensor([[0, 2]] * 4, dtype=torch.int32))
+    want = ours(*arguments)
+    assert not torch.equal(other(*arguments), want)
+    bits.set_bits(other, 4)
+    assert torch.equal(other(*arguments), want)
+    assert other.bfloat16().up_scale.dtype == torch.float32
+    assert torch.equal(other(*arguments), want)
+    without_gate = BitSwitchExperts(None, *stacks[1:], "relu")
+    assert without_gate.packed("gate") is None
+    assert without_gate(*arguments).shape == (4, 16)
+    state = ours.state_dict()
+    larger = BitSwitchExperts(torch.randn(3, 9, 16), torch.randn(3, 9, 16), torch.randn(3, 16, 9))
+    with pytest.raises(ValueError, match=r"expected packed experts with .*'up': \(9, 16, 1\)"):
+        larger.set_extra_state(state["_extra_state"])
+    with pytest.raises(ValueError, match="expected bits in"):
+        BitSwitchExperts(*stacks, bits=9)

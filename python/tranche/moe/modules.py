@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tranche.bits.packed import STORED_BITS
+from tranche.bits.switch import Switchable
 from tranche.moe.ops import MAX_EXPERTS, Activation, Variant, draft_moe, fused_experts, route
+from tranche.moe.packed import PackedExperts, pack_experts
 
 _PROJECTIONS = {"gate_proj": "w_gate", "up_proj": "w_up", "down_proj": "w_down"}
 
@@ -160,6 +164,91 @@ def _activation_of(module: nn.Module) -> Activation | None:
     return "silu" if isinstance(module, nn.SiLU) or type(module).__name__ == "SiLUActivation" else None
 
 
+class BitSwitchExperts(Switchable):
+    """The experts of a sparse layer, packed: computed at the precision that `set_bits` or `at_bits` of
+    `tranche.bits` say, of one stored integer. Inference only.
+
+    Args:
+        w_gate: [E, I, H] or None.
+        w_up: [E, I, H].
+        w_down: [E, H, I].
+        activation: as in `fused_experts`.
+        bits: the precision to begin with.
+
+    Raises:
+        ValueError: a wrong shape or dtype, or bits that are not 2 to 8.
+    """
+
+    def __init__(
+        self,
+        w_gate: Tensor | None,
+        w_up: Tensor,
+        w_down: Tensor,
+        activation: Activation = "silu",
+        *,
+        bits: int = STORED_BITS,
+    ):
+        super().__init__()
+        self.activation: Activation = activation
+        self.bits = bits
+        self._layouts: dict[str, tuple[int, int, int]] = {}
+        for name, weight in (("gate", w_gate), ("up", w_up), ("down", w_down)):
+            if weight is None:
+                continue
+            packed = pack_experts(weight.detach())
+            self.register_buffer(name, packed.data)
+            self.register_buffer(name + "_scale", packed.scale)
+            self._layouts[name] = (packed.out_features, packed.in_features, packed.layout)
+
+    def packed(self, name: str) -> PackedExperts | None:
+        """The stack "gate", "up" or "down" as `fused_experts` takes it."""
+        if name not in self._layouts:
+            return None
+        return PackedExperts(getattr(self, name), getattr(self, name + "_scale"), *self._layouts[name])
+
+    def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """`fused_experts` of x [T, H]."""
+        up, down = self.packed("up"), self.packed("down")
+        assert up is not None and down is not None
+        return fused_experts(
+            x,
+            self.packed("gate"),
+            up,
+            down,
+            topk_weights,
+            topk_ids,
+            activation=self.activation,
+            bits=self.bits_in_force(),
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BitSwitchExperts:
+        # .half() and .to(bfloat16) speak of activations: scales stay float32
+        kept = {name: self._buffers[name + "_scale"] for name in self._layouts}
+        super()._apply(fn, recurse)
+        for name, scale in kept.items():
+            moved = self._buffers[name + "_scale"]
+            if scale is not None and moved is not None and moved.dtype != torch.float32:
+                self._buffers[name + "_scale"] = scale.to(moved.device)
+        return self
+
+    def get_extra_state(self) -> dict[str, tuple[int, int, int]]:
+        """Shapes and layouts go with the packed data."""
+        return self._layouts
+
+    def set_extra_state(self, state: dict[str, tuple[int, int, int]]) -> None:
+        """Refuse data of a layout or shape that this module does not have."""
+        if state != self._layouts:
+            raise ValueError(
+                f"tranche.moe.BitSwitchExperts: expected packed experts with {self._layouts}, got {state}. "
+                "Pack the experts' weights with this version."
+            )
+
+    def extra_repr(self) -> str:
+        """Shapes and precision."""
+        sizes = {name: layout[:2] for name, layout in self._layouts.items()}
+        return f"{sizes}, bits={self.bits}, activation={self.activation}"
+
+
 class SparseMoE(nn.Module):
     """A drop-in for the sparse block of a Mixtral, Qwen2-MoE or Qwen3-MoE model of transformers (5 or newer).
 
@@ -170,12 +259,14 @@ class SparseMoE(nn.Module):
 
     Args:
         block: the block to stand for.
+        bits: a number from 2 to 8 packs the experts as a `BitSwitchExperts`, whose precision this is to begin with;
+            their parameters are left to `block`, and with them their keys.
 
     Raises:
         ValueError: a block of another shape; `SparseMoE.fits` tells.
     """
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: nn.Module, bits: int | None = None):
         super().__init__()
         if not self.fits(block):
             raise ValueError(
@@ -190,6 +281,8 @@ class SparseMoE(nn.Module):
         activation = _activation_of(self.experts.act_fn)  # type: ignore[arg-type]
         assert activation is not None
         self.activation: Activation = activation
+        if bits is not None:
+            self.experts = BitSwitchExperts(*self._matrices(), activation, bits=bits)
         self.jitter_noise = float(getattr(block, "jitter_noise", 0.0) or 0.0)
         self.has_shared_expert = hasattr(block, "shared_expert")
         if self.has_shared_expert:
@@ -209,6 +302,10 @@ class SparseMoE(nn.Module):
         has_weights = isinstance(getattr(experts, "gate_up_proj", None), Tensor)
         return has_weights and _activation_of(experts.act_fn) is not None  # type: ignore[union-attr]
 
+    def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up = self.experts.gate_up_proj.chunk(2, dim=1)  # type: ignore[operator, union-attr]
+        return gate, up, self.experts.down_proj  # type: ignore[return-value]
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The block's output for hidden_states [..., H]."""
         if self.training and self.jitter_noise > 0:
@@ -216,19 +313,22 @@ class SparseMoE(nn.Module):
             hidden_states = hidden_states * noise
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         weights, ids = route(x, self.gate.weight, self.top_k, renormalize=self.renormalize)  # type: ignore[arg-type]
-        gate, up = self.experts.gate_up_proj.chunk(2, dim=1)  # type: ignore[operator, union-attr]
-        down: Tensor = self.experts.down_proj  # type: ignore[assignment]
-        out = fused_experts(x, gate, up, down, weights, ids, activation=self.activation)
+        if isinstance(self.experts, BitSwitchExperts):
+            out = self.experts(x, weights, ids)
+        else:
+            out = fused_experts(x, *self._matrices(), weights, ids, activation=self.activation)
         if self.has_shared_expert:
             out = out + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
         return out.view(hidden_states.shape)
 
 
-def convert_moe(model: nn.Module) -> int:
+def convert_moe(model: nn.Module, bits: int | None = None) -> int:
     """Put a `SparseMoE` in the place of every sparse block in `model` that it fits.
 
     Args:
         model: changed in place; parameters are kept, not copied.
+        bits: 2 to 8 packs the experts, which then compute at the precision that `bits.set_bits(model, ...)` and
+            `bits.at_bits` say, this one to begin with.
 
     Returns:
         How many blocks were replaced.
@@ -240,7 +340,7 @@ def convert_moe(model: nn.Module) -> int:
         if SparseMoE.fits(child)
     ]
     for parent, name, child in blocks:
-        replacement = SparseMoE(child)
+        replacement = SparseMoE(child, bits)
         replacement.train(child.training)
         setattr(parent, name, replacement)
     return len(blocks)

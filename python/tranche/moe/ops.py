@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from tranche import _library
+from tranche.bits.packed import GUARDED_PLANES, STORED_BITS
+from tranche.moe.packed import PackedExperts
 
 SCORES = ("softmax", "sigmoid", "relu_rms")
 ACTIVATIONS = ("silu", "gelu", "relu")
@@ -85,7 +87,7 @@ def route(
         from tranche.moe.autograd import Route
 
         return Route.apply(x, weight, rms_weight, options, eps)
-    return _library.ops().moe_route(x, weight, *options, rms_weight, eps)
+    return _library.ops().moe_route.default(x, weight, *options, rms_weight, eps)
 
 
 @_library.register_fake("moe_route")
@@ -150,11 +152,51 @@ def _(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return topk_ids.new_empty(num_experts + 1), topk_ids.new_empty(topk_ids.shape[0] * topk_ids.shape[1])
 
 
+def _expect(condition: bool, expected: str, got: object, remedy: str) -> None:
+    if not condition:
+        raise ValueError(f"tranche.moe_experts: expected {expected}, got {got}. {remedy}")
+
+
+_Stack = Tensor | PackedExperts | None
+_Flat = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _expect_packed(name: str, stack: _Stack, up: PackedExperts, shape: tuple[int, int]) -> PackedExperts:
+    if not isinstance(stack, PackedExperts):
+        raise ValueError(
+            f"tranche.moe_experts: expected packed {name}, as w_up is, got {type(stack).__name__}. "
+            "tranche.moe.pack_experts makes one."
+        )
+    got = (stack.out_features, stack.in_features)
+    _expect(
+        got == shape, f"{name} of {list(shape)} features an expert", list(got), "x and w_up give the sizes."
+    )
+    _expect(
+        stack.layout == up.layout, f"{name} in layout {up.layout}, as w_up is", stack.layout, "Pack it again."
+    )
+    return stack
+
+
+def _unpacked(
+    x: Tensor, w_gate: _Stack, up: PackedExperts, w_down: _Stack, scales: _Flat
+) -> tuple[_Flat, _Flat]:
+    """Data and scales of gate, up and down."""
+    given = next((n for n, s in zip(("gate", "up", "down"), scales, strict=True) if s is not None), None)
+    _expect(given is None, f"no w_{given}_scale for packed experts", "one", "They have their own.")
+    hidden, inner = x.size(-1), up.out_features
+    gate = None if w_gate is None else _expect_packed("w_gate", w_gate, up, (inner, hidden))
+    _expect_packed("w_up", up, up, (inner, hidden))
+    down = _expect_packed("w_down", w_down, up, (hidden, inner))
+    if gate is None:
+        return (None, up.data, down.data), (None, up.scale, down.scale)
+    return (gate.data, up.data, down.data), (gate.scale, up.scale, down.scale)
+
+
 def fused_experts(
     x: Tensor,
-    w_gate: Tensor | None,
-    w_up: Tensor,
-    w_down: Tensor,
+    w_gate: Tensor | PackedExperts | None,
+    w_up: Tensor | PackedExperts,
+    w_down: Tensor | PackedExperts,
     topk_weights: Tensor,
     topk_ids: Tensor,
     *,
@@ -162,18 +204,22 @@ def fused_experts(
     w_gate_scale: Tensor | None = None,
     w_up_scale: Tensor | None = None,
     w_down_scale: Tensor | None = None,
+    bits: int | None = None,
     plan: RoutingPlan | None = None,
 ) -> Tensor:
     """The weighted sum of each token's experts: sum over k of topk_weights[t, k] * expert[topk_ids[t, k]](x[t]).
 
     An expert is w_down @ (act(w_gate @ x) * (w_up @ x)), or w_down @ act(w_up @ x) without w_gate. Only the weights
     of experts with tokens are read. Sums are fp32, by ascending expert; a weight of exactly 0 leaves its expert out,
-    whatever that yields.
+    whatever that yields. Packed experts are read at `bits` bits, of which switching costs nothing, and no others; their
+    integers meet x as they are, and the scale of a row multiplies its sum.
 
     Args:
-        x: [T, H]; float32, float16 or bfloat16 (float64 on the CPU). Contiguous last dimension.
+        x: [T, H]; float32, float16 or bfloat16 (float64 on the CPU, unless experts are packed). Contiguous last
+            dimension.
         w_gate: [E, I, H] or None; any strides but a contiguous last dimension, so that halves of a fused
-            gate_up_proj [E, 2I, H] are passed as views. The dtype of x, or int8 with scales.
+            gate_up_proj [E, 2I, H] are passed as views. The dtype of x, or int8 with scales; or what `pack_experts`
+            made of it, as then all three are.
         w_up: [E, I, H], likewise.
         w_down: [E, H, I], likewise.
         topk_weights: float32 [T, K] (float64 if x is).
@@ -182,11 +228,12 @@ def fused_experts(
         w_gate_scale: float32 [E, I], what the rows of int8 weights are multiplied with.
         w_up_scale: float32 [E, I].
         w_down_scale: float32 [E, H].
+        bits: 2 to 8, of packed experts; 8 when left out.
         plan: the plan of these very ids, if it is at hand.
 
     Returns:
-        [T, H], contiguous. Differentiable in x, the weights (but int8 ones) and topk_weights; experts without tokens
-        get zero gradients.
+        [T, H], contiguous. Differentiable in x, the weights and topk_weights, unless weights are integers; experts
+        without tokens get zero gradients.
 
     Raises:
         ValueError: a wrong shape, dtype, device, stride or number.
@@ -194,18 +241,32 @@ def fused_experts(
             TRANCHE_CHECK=1) such an id is left out.
     """
     code = _index("moe_experts", "activation", activation, ACTIVATIONS)
-    scales = (w_gate_scale, w_up_scale, w_down_scale)
+    scales: _Flat = (w_gate_scale, w_up_scale, w_down_scale)
     listed = (None, None) if plan is None else (plan.offsets, plan.slots)
-    if _needs_grad(x, w_gate, w_up, w_down, topk_weights):
-        if w_up_scale is not None:
+    layout = GUARDED_PLANES
+    if isinstance(w_up, PackedExperts):
+        matrices, scales = _unpacked(x, w_gate, w_up, w_down, scales)
+        bits, layout = STORED_BITS if bits is None else bits, w_up.layout
+    else:
+        _expect(bits is None, "no bits for weights that are not packed", bits, "Pack them with pack_experts.")
+        if isinstance(w_gate, PackedExperts) or isinstance(w_down, PackedExperts):
             raise ValueError(
-                "tranche.moe_experts: expected int8 weights without gradients, got an input that requires them. "
-                "Call it under torch.no_grad(), or keep the weights in floating point."
+                "tranche.moe_experts: expected packed w_up, as another is, got a Tensor. "
+                "tranche.moe.pack_experts makes one."
+            )
+        matrices = (w_gate, w_up, w_down)
+    if _needs_grad(x, *matrices, topk_weights):
+        if scales[1] is not None:
+            raise ValueError(
+                "tranche.moe_experts: expected weights of integers without gradients, got an input that requires "
+                "them. Call it under torch.no_grad(), or keep the weights in floating point."
             )
         from tranche.moe.autograd import Experts
 
-        return Experts.apply(x, w_gate, w_up, w_down, topk_weights, topk_ids, code, *listed)
-    return _library.ops().moe_experts(x, w_gate, w_up, w_down, topk_weights, topk_ids, code, *scales, *listed)
+        return Experts.apply(x, *matrices, topk_weights, topk_ids, code, *listed)
+    return _library.ops().moe_experts.default(
+        x, *matrices, topk_weights, topk_ids, code, *scales, *listed, bits, layout
+    )
 
 
 @_library.register_fake("moe_experts")
@@ -222,6 +283,8 @@ def _(
     w_down_scale: Tensor | None = None,
     offsets: Tensor | None = None,
     slots: Tensor | None = None,
+    bits: int | None = None,
+    layout: int = GUARDED_PLANES,
 ) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -242,7 +305,7 @@ def _draft(
         from tranche.moe.autograd import Draft
 
         return Draft.apply(x, router, w_gate, w_up, w_down, residual, (top_k, contrast, variant, activation))
-    first, second, _, _ = _library.ops().moe_draft(
+    first, second, _, _ = _library.ops().moe_draft.default(
         x, router, w_gate, w_up, w_down, top_k, contrast, residual, variant, activation
     )
     return first, second

@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tranche.bits import reference as bits_reference
+from tranche.bits.packed import STORED_BITS
+from tranche.moe.packed import PackedExperts
+
 LOWEST = -torch.inf
 
 
@@ -93,17 +97,29 @@ def expert(
     return hidden @ w_down.T
 
 
-def _scaled(weights: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def dense(packed: PackedExperts, bits: int = STORED_BITS, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The weights [E, O, I] that packed experts stand for at a precision."""
+    step = 2 ** (STORED_BITS - bits)
+    experts = range(packed.num_experts)
+    codes = torch.stack([bits_reference.unpack(packed.expert(e), bits).to(dtype) for e in experts])
+    return codes * step * packed.scale.to(dtype)[..., None]
+
+
+def _scaled(
+    weights: Tensor | PackedExperts | None, scale: Tensor | None, dtype: torch.dtype, bits: int
+) -> Tensor | None:
     if weights is None:
         return None
+    if isinstance(weights, PackedExperts):
+        return dense(weights, bits, dtype)
     return weights.to(dtype) if scale is None else weights.to(dtype) * scale.to(dtype)[..., None]
 
 
 def fused_experts(
     x: Tensor,
-    w_gate: Tensor | None,
-    w_up: Tensor,
-    w_down: Tensor,
+    w_gate: Tensor | PackedExperts | None,
+    w_up: Tensor | PackedExperts,
+    w_down: Tensor | PackedExperts,
     topk_weights: Tensor,
     topk_ids: Tensor,
     *,
@@ -111,15 +127,17 @@ def fused_experts(
     w_gate_scale: Tensor | None = None,
     w_up_scale: Tensor | None = None,
     w_down_scale: Tensor | None = None,
+    bits: int = STORED_BITS,
     compute_dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """The weighted sum [T, H] of each token's experts. A weight of exactly 0 leaves its expert out."""
     x = x.to(compute_dtype)
     out = torch.zeros_like(x)
-    gate = _scaled(w_gate, w_gate_scale, compute_dtype)
-    up, down = _scaled(w_up, w_up_scale, compute_dtype), _scaled(w_down, w_down_scale, compute_dtype)
+    gate = _scaled(w_gate, w_gate_scale, compute_dtype, bits)
+    up = _scaled(w_up, w_up_scale, compute_dtype, bits)
+    down = _scaled(w_down, w_down_scale, compute_dtype, bits)
     assert up is not None and down is not None
-    for e in range(w_up.shape[0]):
+    for e in range(up.shape[0]):
         token, choice = (topk_ids == e).nonzero(as_tuple=True)
         if token.numel() == 0:
             continue
