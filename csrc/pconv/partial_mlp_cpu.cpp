@@ -270,8 +270,8 @@ class PartialMlp {
         pixel[c] = narrow<X>(widen<A>(pixel[c]) * widen<A>(gate[b * kept + c]));
       }
     }
-    conv_.pack(b, first, conv_.input_rows(rows), s.packed);
-    conv_.compute(rows, s.packed, s.sums, [&](int64_t channel, int64_t channels, const A* sums) {
+    conv_.pack(b, first, conv_.input_rows(rows), s.packed, 0, 0);
+    conv_.compute(rows, s.packed, 0, s.sums, [&](int64_t channel, int64_t channels, const A* sums) {
       store_pixels(sums, kPanel, rows * width, channels, Pixels<X>{u + channel, 1, step});
     });
   }
