@@ -137,7 +137,7 @@ static void product(const TileProduct& a, int64_t columns) {
   columns > 16 ? tile_columns<kPlanes, 2>(a) : tile_columns<kPlanes, 1>(a);
 }
 
-// ---- what is not finite: tiles know 0 * inf too, from overlaps and from parts that are 0
+// ---- what is not finite: tiles know 0 * inf too, from empty and from parts that are 0
 
 template <int kPlanes>
 TRANCHE_INLINE float part_sum(const uint32_t* unit, int64_t plane, int half) {
@@ -195,7 +195,7 @@ struct TileSteps {
 };
 
 // Weights [n][depth][taps] as tiles of outputs [first, first + kPanel), taps one after the other along
-// `steps`. `scratch` is floats or units: taps * depth * kPanel.
+// `steps`, which may be longer. `scratch` is floats or units: taps * depth * kPanel.
 template <int kPlanes, class T>
 static void pack_tiles(const T* weight, int64_t n, int64_t depth, int64_t taps, int64_t first,
                        const TileSteps& steps, uint32_t* scratch, uint32_t* to) {
@@ -210,19 +210,19 @@ static void pack_tiles(const T* weight, int64_t n, int64_t depth, int64_t taps, 
     for (int64_t i = 0; i < steps.group; ++i, to += kPlanes * 2 * kTileUnits) {
       const int64_t begin = steps.begin(i);
       for (int64_t u = 0; u < steps.unit; ++u) {
-        const bool overlaps = begin + u < i * 16;
         const int64_t at = s * steps.depth + begin + u, tap = at / tap_units, unit = at % tap_units;
+        const bool empty = begin + u < i * 16 || tap >= taps;
         for (int64_t c = 0; c < columns; ++c) {
           uint32_t* row = to + c * kTileUnits + u * 16;
           if constexpr (kPlanes == 1) {
             const uint32_t* from = scratch + at * kPanel + c * 16;
-            _mm512_storeu_si512(row, overlaps ? _mm512_setzero_si512() : _mm512_loadu_si512(from));
+            _mm512_storeu_si512(row, empty ? _mm512_setzero_si512() : _mm512_loadu_si512(from));
           } else {
             const float* from =
                 reinterpret_cast<const float*>(scratch) + (tap * depth + 2 * unit) * kPanel + c * 16;
             __m256i even[kPlanes], odd[kPlanes];
-            split16(overlaps ? vset(0.0f) : vload(from), even);
-            split16(overlaps || 2 * unit + 1 >= depth ? vset(0.0f) : vload(from + kPanel), odd);
+            split16(empty ? vset(0.0f) : vload(from), even);
+            split16(empty || 2 * unit + 1 >= depth ? vset(0.0f) : vload(from + kPanel), odd);
             for (int p = 0; p < kPlanes; ++p) {
               const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd[p]), 16);
               _mm512_storeu_si512(row + p * 2 * kTileUnits,
