@@ -55,12 +55,16 @@ class PartialConvolution {
       const int64_t rows = least(task_rows_, p_.out_height - first), first_row = conv_.first_row(first);
       Unit* memory = packed_ + slot * packed_step_;
       const Unit* packed = packs_first_ ? memory + (b * height + first_row) * conv_.row_units() : memory;
-      int64_t done = 0;  // rows of this task's that are packed
+      int64_t done = 0, copied = 0;  // rows of this task's that are packed, and passed through
       for (int64_t r = 0; r < rows; r += conv_.pass_rows()) {
         const int64_t count = least(conv_.pass_rows(), rows - r);
         // in place all of an image is packed before its first output
         const int64_t needed =
             p_.in_place ? conv_.input_rows(rows) : conv_.first_row(r) + conv_.input_rows(count);
+        // Copying reads x in order; packing then finds the slice in the cache.
+        const int64_t reached = least(rows, most(r + count, first_row + needed - p_.padding[0] - first));
+        copy_untouched(b, first + copied, reached - copied);
+        copied = reached;
         if (!packs_first_ && needed > done) {
           conv_.pack(b, first_row + done, needed - done, memory, plane_, done);
           done = needed;
@@ -73,7 +77,6 @@ class PartialConvolution {
 
  private:
   void pass(int64_t b, int64_t first, int64_t rows, const Unit* packed, A* sums) const {
-    copy_untouched(b, first, rows);
     T* y = static_cast<T*>(p_.y) + b * p_.y_stride[0] + first * p_.y_stride[2];
     conv_.compute(rows, packed, plane_, sums, [&](int64_t channel, int64_t channels, const A* from) {
       for (int64_t r = 0; r < rows; ++r) {

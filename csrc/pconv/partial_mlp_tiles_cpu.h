@@ -84,10 +84,12 @@ struct TileMath {
     // All pixels' channels [first, first + n) = the activation of sums [pixels][kPanel].
     template <Activation kActivation>
     void activate(A* sums, int64_t pixels, int64_t first, int64_t n) const {
-      for (int64_t c = 0; c < n; c += 16) {
-        const Mask live = first_lanes(n - c);
-        for (int64_t i = 0; i < pixels; ++i) {
-          put(at(i, first + c), activated<kActivation>(vload(sums + i * kPanel + c)), live);
+      const Mask left = first_lanes(n), right = first_lanes(n - 16);
+      for (int64_t i = 0; i < pixels; i += kTilePixels) {
+        bf16* to = at(i, first);
+        for (int64_t k = 0; k < least(kTilePixels, pixels - i); ++k, sums += kPanel, to += 32) {
+          put(to, activated<kActivation>(vload(sums)), left);
+          if (right) put(to + 16, activated<kActivation>(vload(sums + 16)), right);
         }
       }
     }

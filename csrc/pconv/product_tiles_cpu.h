@@ -59,28 +59,28 @@ struct TileProduct {
   int64_t blocks;
 };
 
-// Tiles 0..3 are sums, 4 and 5 pixels, 6 and 7 weights.
-template <int kBlocks, int kColumns, bool kLoadX, bool kLoadW>
+// Tiles 0..3 are sums, 4 and 5 pixels, 6 and 7 weights: both columns' of a panel, or the one's in tile kW.
+template <int kBlocks, int kColumns, bool kLoadX, bool kLoadW, int kW = 6>
 TRANCHE_INLINE void tile_dots(const uint32_t* x, int64_t block, int64_t stride, const uint32_t* w) {
   static_assert(kBlocks * kColumns <= 4);
   constexpr bool kReload = kLoadX || kBlocks > 2;
-  if constexpr (kLoadW) tile_load<6>(w, 64);
+  if constexpr (kLoadW) tile_load<kW>(w, 64);
   if constexpr (kLoadW && kColumns > 1) tile_load<7>(w + kTileUnits, 64);
   if constexpr (kReload) tile_load<4>(x, stride);
-  tile_dot_bf16<0, 4, 6>();
+  tile_dot_bf16<0, 4, kW>();
   if constexpr (kColumns > 1) tile_dot_bf16<1, 4, 7>();
   if constexpr (kBlocks > 1) {
     if constexpr (kReload) tile_load<5>(x + block, stride);
-    tile_dot_bf16<kColumns, 5, 6>();
+    tile_dot_bf16<kColumns, 5, kW>();
     if constexpr (kColumns > 1) tile_dot_bf16<3, 5, 7>();
   }
   if constexpr (kBlocks > 2) {
     tile_load<4>(x + 2 * block, stride);
-    tile_dot_bf16<2, 4, 6>();
+    tile_dot_bf16<2, 4, kW>();
   }
   if constexpr (kBlocks > 3) {
     tile_load<5>(x + 3 * block, stride);
-    tile_dot_bf16<3, 5, 6>();
+    tile_dot_bf16<3, 5, kW>();
   }
 }
 
@@ -91,21 +91,22 @@ static void tile_block(const TileProduct& a, const uint32_t* x, float* out) {
   if constexpr (kSums > 1) tile_load<1>(a.bias + 16 * (1 % kColumns), 0);
   if constexpr (kSums > 2) tile_load<2>(a.bias, 0);
   if constexpr (kSums > 3) tile_load<3>(a.bias + 16 * (3 % kColumns), 0);
-  const int64_t stride = a.step * 4;
+  const int64_t stride = a.step * 4, block = a.block;
   const uint32_t* w = a.w;
   for (int64_t s = 0; s < a.steps; ++s, w += kPlanes * 2 * kTileUnits) {
     const uint32_t* high = x + a.offset[s];
     if constexpr (kPlanes == 1) {
-      tile_dots<kBlocks, kColumns, true, true>(high, a.block, stride, w);
+      tile_dots<kBlocks, kColumns, true, true>(high, block, stride, w);
     } else {  // small terms first, in an order that loads one side at a time
+      constexpr int kOther = kColumns == 1 ? 7 : 6;
       const uint32_t *middle = high + a.plane, *low = middle + a.plane;
       const uint32_t *w_middle = w + 2 * kTileUnits, *w_low = w_middle + 2 * kTileUnits;
-      tile_dots<kBlocks, kColumns, true, true>(low, a.block, stride, w);
-      tile_dots<kBlocks, kColumns, true, false>(middle, a.block, stride, w);
-      tile_dots<kBlocks, kColumns, false, true>(middle, a.block, stride, w_middle);
-      tile_dots<kBlocks, kColumns, true, false>(high, a.block, stride, w_middle);
-      tile_dots<kBlocks, kColumns, false, true>(high, a.block, stride, w_low);
-      tile_dots<kBlocks, kColumns, false, true>(high, a.block, stride, w);
+      tile_dots<kBlocks, kColumns, true, true>(low, block, stride, w);
+      tile_dots<kBlocks, kColumns, true, false>(middle, block, stride, w);
+      tile_dots<kBlocks, kColumns, false, true, kOther>(middle, block, stride, w_middle);
+      tile_dots<kBlocks, kColumns, true, false, kOther>(high, block, stride, w_middle);
+      tile_dots<kBlocks, kColumns, false, true, kOther>(high, block, stride, w_low);
+      tile_dots<kBlocks, kColumns, false, kColumns != 1>(high, block, stride, w);
     }
   }
   constexpr int64_t kNext = kTilePixels * kPanel, kStride = kPanel * 4;
@@ -117,7 +118,8 @@ static void tile_block(const TileProduct& a, const uint32_t* x, float* out) {
 
 template <int kPlanes, int kColumns>
 static void tile_columns(const TileProduct& a) {
-  constexpr int64_t kMost = 4 / kColumns;
+  // More blocks share the weights, but no more than two the pixels that several products take.
+  constexpr int64_t kMost = kPlanes == 1 ? 4 / kColumns : 2;
   const uint32_t* x = a.x;
   float* out = a.out;
   int64_t left = a.blocks;
@@ -142,22 +144,35 @@ static void product(const TileProduct& a, int64_t columns) {
 template <int kPlanes>
 TRANCHE_INLINE float part_sum(const uint32_t* unit, int64_t plane, int half) {
   float sum = 0.0f;
-  for (int i = 0; i < kPlanes; ++i)
+  for (int i = 0; i < kPlanes; ++i) {
     sum += bits_float(half ? unit[i * plane] & 0xffff0000u : unit[i * plane] << 16);
+  }
   return sum;
 }
 
-// One output by plain FMAs.
 template <int kPlanes>
-static float chain_of(const TileProduct& a, int64_t pixel, int64_t output) {
+TRANCHE_INLINE Vec part_sums(const uint32_t* units, int half) {
+  Vec sum = vset(0.0f);
+  for (int i = 0; i < kPlanes; ++i) {
+    const __m512i pairs = _mm512_loadu_si512(units + i * 2 * kTileUnits);
+    const __m512i bits =
+        half ? _mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))) : _mm512_slli_epi32(pairs, 16);
+    sum = vadd(sum, _mm512_castsi512_ps(bits));
+  }
+  return sum;
+}
+
+// 16 outputs of a pixel by plain FMAs.
+template <int kPlanes>
+static Vec chains_of(const TileProduct& a, int64_t pixel, int64_t output) {
   const uint32_t* x = a.x + pixel / kTilePixels * a.block + pixel % kTilePixels * a.step;
-  const uint32_t* w = a.w + output / 16 * kTileUnits + output % 16;
-  float sum = a.bias[output];
+  const uint32_t* w = a.w + output / 16 * kTileUnits;
+  Vec sum = vload(a.bias + output);
   for (int64_t s = 0; s < a.steps; ++s, w += kPlanes * 2 * kTileUnits) {
     for (int64_t u = s % a.group == a.group - 1 ? a.overlap : 0; u < a.depth; ++u) {
       for (int half = 0; half < 2; ++half) {
-        sum = __builtin_fmaf(part_sum<kPlanes>(x + a.offset[s] + u, a.plane, half),
-                             part_sum<kPlanes>(w + u * 16, 2 * kTileUnits, half), sum);
+        const float value = part_sum<kPlanes>(x + a.offset[s] + u, a.plane, half);
+        sum = vfma(vset(value), part_sums<kPlanes>(w + u * 16, half), sum);
       }
     }
   }
@@ -167,31 +182,32 @@ static float chain_of(const TileProduct& a, int64_t pixel, int64_t output) {
 // Computes again what is not finite among the first `columns` outputs of pixels [first, first + count).
 template <int kPlanes>
 static void mend(const TileProduct& a, int64_t first, int64_t count, int64_t columns) {
-  for (int64_t i = first; i < first + count; ++i) {
+  constexpr int kNotFinite = 0x99;
+  float* sums = a.out + first * kPanel;
+  for (int64_t i = first; i < first + count; ++i, sums += kPanel) {
     for (int64_t o = 0; o < columns; o += 16) {
-      float* sums = a.out + i * kPanel + o;
-      constexpr int kNotFinite = 0x99;
-      Mask bad = _mm512_fpclass_ps_mask(vload(sums), kNotFinite);
+      const Vec sum = vload(sums + o);
+      const Mask bad = _mm512_fpclass_ps_mask(sum, kNotFinite);
       if (__builtin_expect(bad == 0, 1)) continue;
-      for (int64_t lane = 0; lane < least<int64_t>(16, columns - o); ++lane) {
-        if (bad >> lane & 1) sums[lane] = chain_of<kPlanes>(a, i, o + lane);
-      }
+      vstore(sums + o, vselect(bad, chains_of<kPlanes>(a, i, o), sum));
     }
   }
 }
 
 // ---- weights
 
-// Steps of at most 16 units through segments of `depth` units: all are as long, and the last of a segment
-// begins within the one before.
+// Steps of at most 16 units through segments of `depth` units: all are as long, and where they do not add up
+// the last of a segment begins within the one before.
 struct TileSteps {
   int64_t segments, depth;  // units of a segment
   int64_t group, unit;      // steps of a segment, units of a step
   TileSteps(int64_t segments_, int64_t depth_)
-      : segments(segments_), depth(depth_), group((depth_ + 15) / 16), unit(least<int64_t>(16, depth_)) {}
+      : segments(segments_), depth(depth_), group((depth_ + 15) / 16) {
+    unit = depth % group == 0 ? depth / group : 16;
+  }
   int64_t count() const { return segments * group; }
-  int64_t overlap() const { return group > 1 ? group * 16 - depth : 0; }
-  int64_t begin(int64_t i) const { return least(i * 16, depth - unit); }
+  int64_t overlap() const { return group > 1 ? group * unit - depth : 0; }
+  int64_t begin(int64_t i) const { return least(i * unit, depth - unit); }
 };
 
 // Weights [n][depth][taps] as tiles of outputs [first, first + kPanel), taps one after the other along
@@ -211,7 +227,7 @@ static void pack_tiles(const T* weight, int64_t n, int64_t depth, int64_t taps, 
       const int64_t begin = steps.begin(i);
       for (int64_t u = 0; u < steps.unit; ++u) {
         const int64_t at = s * steps.depth + begin + u, tap = at / tap_units, unit = at % tap_units;
-        const bool empty = begin + u < i * 16 || tap >= taps;
+        const bool empty = begin + u < i * steps.unit || tap >= taps;
         for (int64_t c = 0; c < columns; ++c) {
           uint32_t* row = to + c * kTileUnits + u * 16;
           if constexpr (kPlanes == 1) {
