@@ -26,15 +26,31 @@ namespace tranche::cpu::TRANCHE_ISA {
 
 constexpr int kTileBytes = 1024;
 
-// Gives the calling thread eight full tiles for as long as it lives.
+// The same with the tiles' numbers as template arguments, for loops that are unrolled while they are
+// compiled.
+template <int tile>
+static inline __attribute__((always_inline)) void tile_load(const void* base, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(base), "r"(stride), "i"(tile) : "memory");
+}
+template <int tile>
+static inline __attribute__((always_inline)) void tile_store(void* base, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(base), "r"(stride), "i"(tile) : "memory");
+}
+template <int c, int a, int b>
+static inline __attribute__((always_inline)) void tile_dot_bf16() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+}
+
+// Gives the calling thread eight tiles for as long as it lives: full ones, or such that 4 and 5 have rows of
+// `depth` pairs and 6 and 7 have `depth` rows.
 class Tiles {
  public:
-  Tiles() {
+  explicit Tiles(int depth = 16) {
     alignas(64) Config config = {};
     config.palette = 1;
     for (int t = 0; t < 8; ++t) {
-      config.row_bytes[t] = 64;
-      config.rows[t] = 16;
+      config.row_bytes[t] = uint16_t(t == 4 || t == 5 ? depth * 4 : 64);
+      config.rows[t] = uint8_t(t >= 6 ? depth : 16);
     }
     asm volatile("ldtilecfg %0" ::"m"(config));
   }

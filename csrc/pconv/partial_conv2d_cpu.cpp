@@ -5,34 +5,39 @@
 #include "pconv/partial_conv2d_cpu.h"
 #include "core/dispatch.h"
 #include "core/isa.h"
+#if defined(__AMX_BF16__)
+#include "pconv/partial_conv2d_tiles_cpu.h"
+#endif
 
 namespace tranche::cpu::TRANCHE_ISA {
 
 namespace {
 
-template <class T, class K>
+template <class T, class Convolution>
 class PartialConvolution {
-  using A = typename K::A;
-  using Unit = typename K::Unit;
+  using A = typename Convolution::A;
+  using Unit = typename Convolution::Unit;
 
  public:
   PartialConvolution(const PartialConv2dParams& p, void* memory) : p_(p), conv_(p), arena_(memory) {
     const int64_t threads = num_threads();
-    const bool image_tasks = p.in_place && p.batch >= threads;
+    const bool image_tasks = p.in_place && (p.batch >= threads || !conv_.packs_apart());
     packs_first_ = p.in_place && !image_tasks;
-    task_rows_ = conv_.pass_rows();
-    if (image_tasks) {
-      task_rows_ = p.out_height;
-    } else {  // at least two tasks per thread
+    task_rows_ = p.out_height;
+    if (!image_tasks) {  // at least two tasks per thread, and what they pack stays in the second-level cache
+      constexpr int64_t kPackedBytes = 512 << 10;
       const int64_t wanted = (2 * threads + p.batch - 1) / p.batch;
-      task_rows_ = most<int64_t>(1, least(task_rows_, p.out_height / wanted));
+      const int64_t fitting = kPackedBytes / (conv_.packed_units(1) * int64_t(sizeof(Unit)));
+      task_rows_ = least(task_rows_, most(conv_.pass_rows(), fitting));
+      task_rows_ = most<int64_t>(1, least(task_rows_, (p.out_height + wanted - 1) / wanted));
     }
     tasks_ = (p.out_height + task_rows_ - 1) / task_rows_;
     slots_ = least(threads, p.batch * tasks_);
     conv_.take(arena_);
-    packed_step_ = packs_first_ ? 0 : round_up(conv_.packed_units(conv_.input_rows(task_rows_)), 16);
-    packed_ = arena_.template take<Unit>(packs_first_ ? conv_.packed_units(p.batch * conv_.padded_height())
-                                                      : slots_ * packed_step_);
+    const int64_t rows = packs_first_ ? p.batch * conv_.packed_rows() : conv_.input_rows(task_rows_);
+    plane_ = conv_.plane_units(rows);
+    packed_step_ = packs_first_ ? 0 : round_up(conv_.packed_units(rows), 16);
+    packed_ = arena_.template take<Unit>(packs_first_ ? conv_.packed_units(rows) : slots_ * packed_step_);
     sums_ = arena_.template take<A>(slots_ * conv_.pass_sums());
   }
 
@@ -40,23 +45,31 @@ class PartialConvolution {
 
   void run() const {
     conv_.prepare();
-    const int64_t height = conv_.padded_height();
+    const int64_t height = conv_.packed_rows();
     if (packs_first_) {
-      parallel_for(p_.batch * height, [&](int64_t i) {
-        conv_.pack(i / height, i % height, 1, packed_ + i * conv_.row_units());
-      });
+      parallel_for(p_.batch * height,
+                   [&](int64_t i) { conv_.pack(i / height, i % height, 1, packed_, plane_, i); });
     }
     parallel_tasks(p_.batch * tasks_, slots_, [&](int64_t task, int64_t slot) {
       const int64_t b = task / tasks_, first = task % tasks_ * task_rows_;
-      const int64_t rows = least(task_rows_, p_.out_height - first);
-      Unit* packed = packed_ + slot * packed_step_;
-      if (packs_first_) {
-        packed += (b * height + first * p_.stride[0]) * conv_.row_units();
-      } else {
-        conv_.pack(b, first * p_.stride[0], conv_.input_rows(rows), packed);
-      }
+      const int64_t rows = least(task_rows_, p_.out_height - first), first_row = conv_.first_row(first);
+      Unit* memory = packed_ + slot * packed_step_;
+      const Unit* packed = packs_first_ ? memory + (b * height + first_row) * conv_.row_units() : memory;
+      int64_t done = 0, copied = 0;  // rows of this task's that are packed, and passed through
       for (int64_t r = 0; r < rows; r += conv_.pass_rows()) {
-        pass(b, first + r, least(conv_.pass_rows(), rows - r), packed + r * p_.stride[0] * conv_.row_units(),
+        const int64_t count = least(conv_.pass_rows(), rows - r);
+        // in place all of an image is packed before its first output
+        const int64_t needed =
+            p_.in_place ? conv_.input_rows(rows) : conv_.first_row(r) + conv_.input_rows(count);
+        // Copying reads x in order; packing then finds the slice in the cache.
+        const int64_t reached = least(rows, most(r + count, first_row + needed - p_.padding[0] - first));
+        copy_untouched(b, first + copied, reached - copied);
+        copied = reached;
+        if (!packs_first_ && needed > done) {
+          conv_.pack(b, first_row + done, needed - done, memory, plane_, done);
+          done = needed;
+        }
+        pass(b, first + r, count, packed + conv_.first_row(r) * conv_.row_units(),
              sums_ + slot * conv_.pass_sums());
       }
     });
@@ -64,12 +77,11 @@ class PartialConvolution {
 
  private:
   void pass(int64_t b, int64_t first, int64_t rows, const Unit* packed, A* sums) const {
-    copy_untouched(b, first, rows);
     T* y = static_cast<T*>(p_.y) + b * p_.y_stride[0] + first * p_.y_stride[2];
-    conv_.compute(rows, packed, sums, [&](int64_t channel, int64_t channels, const A* from) {
+    conv_.compute(rows, packed, plane_, sums, [&](int64_t channel, int64_t channels, const A* from) {
       for (int64_t r = 0; r < rows; ++r) {
         T* to = y + (p_.y_start + channel) * p_.y_stride[1] + r * p_.y_stride[2];
-        store_pixels(from + r * p_.out_width * kPanel, kPanel, p_.out_width, channels,
+        store_pixels(from + r * conv_.pitch() * kPanel, kPanel, p_.out_width, channels,
                      Pixels<T>{to, p_.y_stride[1], p_.y_stride[3]});
       }
     });
@@ -105,10 +117,10 @@ class PartialConvolution {
   }
 
   const PartialConv2dParams& p_;
-  SliceConvolution<T, K> conv_;
+  Convolution conv_;
   Arena arena_;
   bool packs_first_ = false;
-  int64_t task_rows_ = 1, tasks_ = 1, slots_ = 1, packed_step_ = 0;
+  int64_t task_rows_ = 1, tasks_ = 1, slots_ = 1, packed_step_ = 0, plane_ = 0;
   Unit* packed_ = nullptr;
   A* sums_ = nullptr;
 };
@@ -119,10 +131,15 @@ auto with_convolution(const PartialConv2dParams& p, void* memory, const F& f) {
   return with_type<double, float, half, bf16>("partial_conv2d", p.type, [&](auto t) {
     using T = decltype(t);
     using Kind = typename KindOf<T>::type;
-    if constexpr (Kind::kPair > 1) {
-      if (is_depthwise(p)) return f(PartialConvolution<T, F32>(p, memory));
+#if defined(__AMX_BF16__)
+    if constexpr (PlanesOf<T>::value > 0) {
+      if (TileConvolution<T>::serves(p)) return f(PartialConvolution<T, TileConvolution<T>>(p, memory));
     }
-    return f(PartialConvolution<T, Kind>(p, memory));
+#endif
+    if constexpr (Kind::kPair > 1) {
+      if (is_depthwise(p)) return f(PartialConvolution<T, SliceConvolution<T, F32>>(p, memory));
+    }
+    return f(PartialConvolution<T, SliceConvolution<T, Kind>>(p, memory));
   });
 }
 

@@ -76,13 +76,21 @@ class SliceConvolution {
   int64_t input_rows(int64_t rows) const {
     return (rows - 1) * p_.stride[0] + int64_t(p_.kernel[0] - 1) * p_.dilation[0] + 1;
   }
-  int64_t padded_height() const { return p_.height + 2 * int64_t(p_.padding[0]); }
+  int64_t packed_rows() const { return p_.height + 2 * int64_t(p_.padding[0]); }  // of an image
+  // The packed row where an output row's window begins.
+  int64_t first_row(int64_t output) const { return output * p_.stride[0]; }
+  bool packs_apart() const { return true; }  // rows may be packed side by side by several threads
+  // Pixels from one row of sums to the next.
+  int64_t pitch() const { return p_.out_width; }
   // Units that packing `rows` input rows takes, and sums that a pass makes.
-  int64_t packed_units(int64_t rows) const { return rows * row_units() + kOverRead; }
+  int64_t plane_units(int64_t rows) const { return rows * row_units() + kOverRead; }
+  int64_t packed_units(int64_t rows) const { return plane_units(rows); }
   int64_t pass_sums() const { return pass_rows_ * p_.out_width * kPanel; }
 
-  // Input rows [first, first + rows) of image b, counted from the top of the padding.
-  void pack(int64_t b, int64_t first, int64_t rows, Unit* packed) const {
+  // Input rows [first, first + rows) of image b, counted from the top of the padding, to row `at` of packed
+  // memory.
+  void pack(int64_t b, int64_t first, int64_t rows, Unit* memory, int64_t, int64_t at) const {
+    Unit* packed = memory + at * row_units();
     const T* x = static_cast<const T*>(p_.x) + b * p_.x_stride[0] + p_.start * p_.x_stride[1];
     const int64_t side = p_.padding[1] * pixel_;
     for (int64_t r = 0; r < rows; ++r, packed += row_units()) {
@@ -100,7 +108,7 @@ class SliceConvolution {
   // At most pass_rows() output rows from packed rows that begin at the first one needed. Calls
   // epilogue(first output channel, channels, sums [rows * out_width][kPanel]).
   template <class Epilogue>
-  void compute(int64_t rows, const Unit* packed, A* sums, const Epilogue& epilogue) const {
+  void compute(int64_t rows, const Unit* packed, int64_t, A* sums, const Epilogue& epilogue) const {
     Product<K> a{};
     a.step = p_.stride[1] * pixel_;
     a.run_step = p_.stride[0] * row_units();

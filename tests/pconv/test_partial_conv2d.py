@@ -135,6 +135,34 @@ def test_non_finite_values_stay_in_reach(backend):
         assert torch.isnan(y[0, 0]).all() and torch.isfinite(y[0, 1:4]).all()
 
 
+@pytest.mark.parametrize("width", [16, 20, 36])
+def test_infinities_and_the_largest_numbers(width):
+    """Where products are taken in parts or overlap, as on AMX tiles, neither becomes NaN."""
+    for dtype in (torch.float32, torch.bfloat16):
+        case = make_case(width=width, shape=(1, width, 6, 7), dtype=dtype)
+        case.weight.copy_(case.weight.abs() + 2**-10)
+        case.x[0, :, 3, 2] = torch.inf
+        y = case.run(partial_conv2d)
+        assert torch.isposinf(y[0, :, 2:5, 1:4]).all() and torch.isfinite(y[0, :, :, 4:]).all()
+        largest = torch.finfo(dtype).max
+        case.x.zero_()
+        case.x[0, width - 1, 3, 2] = largest
+        case.weight.fill_(0.5)
+        y = case.run(partial_conv2d)
+        assert torch.equal(y[0, :, 2:5, 1:4], torch.full((width, 3, 3), largest / 2, dtype=dtype))
+
+
+@pytest.mark.parametrize("width", [8, 16, 36, 64])
+def test_fp32_is_as_near_as_a_chain_of_fmas(width):
+    """Sums of one sign, in which parts that are left out would add up."""
+    case = make_case(width=width, shape=(1, width, 12, 9))
+    case.x.abs_(), case.weight.abs_()
+    want = case.wider(torch.float64).run(reference.partial_conv2d)
+    error = (case.run(partial_conv2d).double() - want).abs() / want
+    chain = torch.finfo(torch.float32).eps / 2 * (9 * width) ** 0.5  # roundings of as many additions, at random
+    assert error.max() < 2 * chain and error.pow(2).mean().sqrt() < chain / 2
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_rows_do_not_depend_on_neighbours(backend, dtype):
     case = make_case(

@@ -1,0 +1,254 @@
+// The product of product_cpu.h on AMX tiles, for bf16 and, in three parts, for float. Include from amx
+// translation units only.
+//
+// A float is the exact sum of three bf16, x = h + m + l, each of 8 bits; x * w is taken as h*h + h*m + m*h +
+// m*m + h*l + l*h, and what is left out is below 2^-24 of it (Henry, Tang, Heinecke 2019, arXiv 1904.06376).
+// Pixels are the rows of a left tile, 32 channels its columns; a panel of outputs is two right tiles.
+#pragma once
+
+#include "core/amx.h"
+#include "pconv/product_cpu.h"
+
+namespace tranche::cpu::TRANCHE_ISA {
+
+constexpr int64_t kTilePixels = 16;
+constexpr int64_t kTileUnits = 256;  // of a right tile: [16 units of depth][16 outputs]
+
+// How many bf16 an element of type T is the sum of; 0 where tiles do not serve it.
+template <class T>
+struct PlanesOf {
+  static constexpr int value = __is_same(T, bf16) ? 1 : __is_same(T, float) ? 3 : 0;
+};
+
+TRANCHE_INLINE Vec expand(__m256i x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+TRANCHE_INLINE __m256i shrink(Vec x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
+
+// The parts of 16 floats. Of infinity and NaN the first is the value and the others are 0; a finite value
+// that would be rounded to infinity is cut off instead.
+template <int kPlanes>
+TRANCHE_INLINE void split16(Vec x, __m256i (&part)[kPlanes]) {
+  part[0] = shrink(x);
+  if constexpr (kPlanes > 1) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
+    Vec rest = vsub(x, expand(part[0]));
+    const Mask large = _mm512_cmpge_epi32_mask(magnitude, _mm512_set1_epi32(0x7f7f8000));
+    if (__builtin_expect(large != 0, 0)) {
+      const Mask infinite = _mm512_cmpge_epi32_mask(magnitude, _mm512_set1_epi32(0x7f800000));
+      const __m256i cut = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+      part[0] = _mm256_mask_mov_epi16(part[0], Mask(large & ~infinite), cut);
+      rest = _mm512_maskz_sub_ps(Mask(~infinite), x, expand(part[0]));
+    }
+    part[1] = shrink(rest);
+    part[2] = shrink(vsub(rest, expand(part[1])));
+  }
+}
+
+// One panel of outputs for `blocks` blocks of 16 pixels.
+struct TileProduct {
+  const uint32_t* x;           // the first part of the first pixel
+  int64_t step, block, plane;  // units between pixels, between blocks of them, and between parts
+  const int64_t* offset;       // [steps] units; the last of every `group` steps begins with `overlap` units
+  int64_t steps, group, overlap;  // of the step before it, where the weights are 0
+  int64_t depth;                  // units of a step
+  const uint32_t* w;              // [steps][parts][2][16 units][16 outputs]
+  const float* bias;              // [kPanel]
+  float* out;                     // [blocks * 16][kPanel]
+  int64_t blocks;
+};
+
+// Tiles 0..3 are sums, 4 and 5 pixels, 6 and 7 weights: both columns' of a panel, or the one's in tile kW.
+template <int kBlocks, int kColumns, bool kLoadX, bool kLoadW, int kW = 6>
+TRANCHE_INLINE void tile_dots(const uint32_t* x, int64_t block, int64_t stride, const uint32_t* w) {
+  static_assert(kBlocks * kColumns <= 4);
+  constexpr bool kReload = kLoadX || kBlocks > 2;
+  if constexpr (kLoadW) tile_load<kW>(w, 64);
+  if constexpr (kLoadW && kColumns > 1) tile_load<7>(w + kTileUnits, 64);
+  if constexpr (kReload) tile_load<4>(x, stride);
+  tile_dot_bf16<0, 4, kW>();
+  if constexpr (kColumns > 1) tile_dot_bf16<1, 4, 7>();
+  if constexpr (kBlocks > 1) {
+    if constexpr (kReload) tile_load<5>(x + block, stride);
+    tile_dot_bf16<kColumns, 5, kW>();
+    if constexpr (kColumns > 1) tile_dot_bf16<3, 5, 7>();
+  }
+  if constexpr (kBlocks > 2) {
+    tile_load<4>(x + 2 * block, stride);
+    tile_dot_bf16<2, 4, kW>();
+  }
+  if constexpr (kBlocks > 3) {
+    tile_load<5>(x + 3 * block, stride);
+    tile_dot_bf16<3, 5, kW>();
+  }
+}
+
+template <int kPlanes, int kBlocks, int kColumns>
+static void tile_block(const TileProduct& a, const uint32_t* x, float* out) {
+  constexpr int kSums = kBlocks * kColumns;
+  tile_load<0>(a.bias, 0);
+  if constexpr (kSums > 1) tile_load<1>(a.bias + 16 * (1 % kColumns), 0);
+  if constexpr (kSums > 2) tile_load<2>(a.bias, 0);
+  if constexpr (kSums > 3) tile_load<3>(a.bias + 16 * (3 % kColumns), 0);
+  const int64_t stride = a.step * 4, block = a.block;
+  const uint32_t* w = a.w;
+  for (int64_t s = 0; s < a.steps; ++s, w += kPlanes * 2 * kTileUnits) {
+    const uint32_t* high = x + a.offset[s];
+    if constexpr (kPlanes == 1) {
+      tile_dots<kBlocks, kColumns, true, true>(high, block, stride, w);
+    } else {  // small terms first, in an order that loads one side at a time
+      constexpr int kOther = kColumns == 1 ? 7 : 6;
+      const uint32_t *middle = high + a.plane, *low = middle + a.plane;
+      const uint32_t *w_middle = w + 2 * kTileUnits, *w_low = w_middle + 2 * kTileUnits;
+      tile_dots<kBlocks, kColumns, true, true>(low, block, stride, w);
+      tile_dots<kBlocks, kColumns, true, false>(middle, block, stride, w);
+      tile_dots<kBlocks, kColumns, false, true, kOther>(middle, block, stride, w_middle);
+      tile_dots<kBlocks, kColumns, true, false, kOther>(high, block, stride, w_middle);
+      tile_dots<kBlocks, kColumns, false, true, kOther>(high, block, stride, w_low);
+      tile_dots<kBlocks, kColumns, false, kColumns != 1>(high, block, stride, w);
+    }
+  }
+  constexpr int64_t kNext = kTilePixels * kPanel, kStride = kPanel * 4;
+  tile_store<0>(out, kStride);
+  if constexpr (kSums > 1) tile_store<1>(out + 1 / kColumns * kNext + 16 * (1 % kColumns), kStride);
+  if constexpr (kSums > 2) tile_store<2>(out + 2 / kColumns * kNext, kStride);
+  if constexpr (kSums > 3) tile_store<3>(out + 3 / kColumns * kNext + 16 * (3 % kColumns), kStride);
+}
+
+template <int kPlanes, int kColumns>
+static void tile_columns(const TileProduct& a) {
+  // More blocks share the weights, but no more than two the pixels that several products take.
+  constexpr int64_t kMost = kPlanes == 1 ? 4 / kColumns : 2;
+  const uint32_t* x = a.x;
+  float* out = a.out;
+  int64_t left = a.blocks;
+  for (; left >= kMost; left -= kMost, x += kMost * a.block, out += kMost * kTilePixels * kPanel) {
+    tile_block<kPlanes, int(kMost), kColumns>(a, x, out);
+  }
+  if constexpr (kMost > 2) {
+    if (left == 3) return tile_block<kPlanes, 3, kColumns>(a, x, out);
+    if (left == 2) return tile_block<kPlanes, 2, kColumns>(a, x, out);
+  }
+  if (left == 1) tile_block<kPlanes, 1, kColumns>(a, x, out);
+}
+
+// The panel's first `columns` outputs, under tiles of a.depth; what is written beyond them is of no meaning.
+template <int kPlanes>
+static void product(const TileProduct& a, int64_t columns) {
+  columns > 16 ? tile_columns<kPlanes, 2>(a) : tile_columns<kPlanes, 1>(a);
+}
+
+// ---- what is not finite: tiles know 0 * inf too, from empty and from parts that are 0
+
+template <int kPlanes>
+TRANCHE_INLINE float part_sum(const uint32_t* unit, int64_t plane, int half) {
+  float sum = 0.0f;
+  for (int i = 0; i < kPlanes; ++i) {
+    sum += bits_float(half ? unit[i * plane] & 0xffff0000u : unit[i * plane] << 16);
+  }
+  return sum;
+}
+
+template <int kPlanes>
+TRANCHE_INLINE Vec part_sums(const uint32_t* units, int half) {
+  Vec sum = vset(0.0f);
+  for (int i = 0; i < kPlanes; ++i) {
+    const __m512i pairs = _mm512_loadu_si512(units + i * 2 * kTileUnits);
+    const __m512i bits =
+        half ? _mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))) : _mm512_slli_epi32(pairs, 16);
+    sum = vadd(sum, _mm512_castsi512_ps(bits));
+  }
+  return sum;
+}
+
+// 16 outputs of a pixel by plain FMAs.
+template <int kPlanes>
+static Vec chains_of(const TileProduct& a, int64_t pixel, int64_t output) {
+  const uint32_t* x = a.x + pixel / kTilePixels * a.block + pixel % kTilePixels * a.step;
+  const uint32_t* w = a.w + output / 16 * kTileUnits;
+  Vec sum = vload(a.bias + output);
+  for (int64_t s = 0; s < a.steps; ++s, w += kPlanes * 2 * kTileUnits) {
+    for (int64_t u = s % a.group == a.group - 1 ? a.overlap : 0; u < a.depth; ++u) {
+      for (int half = 0; half < 2; ++half) {
+        const float value = part_sum<kPlanes>(x + a.offset[s] + u, a.plane, half);
+        sum = vfma(vset(value), part_sums<kPlanes>(w + u * 16, half), sum);
+      }
+    }
+  }
+  return sum;
+}
+
+// Computes again what is not finite among the first `columns` outputs of pixels [first, first + count).
+template <int kPlanes>
+static void mend(const TileProduct& a, int64_t first, int64_t count, int64_t columns) {
+  constexpr int kNotFinite = 0x99;
+  float* sums = a.out + first * kPanel;
+  for (int64_t i = first; i < first + count; ++i, sums += kPanel) {
+    for (int64_t o = 0; o < columns; o += 16) {
+      const Vec sum = vload(sums + o);
+      const Mask bad = _mm512_fpclass_ps_mask(sum, kNotFinite);
+      if (__builtin_expect(bad == 0, 1)) continue;
+      vstore(sums + o, vselect(bad, chains_of<kPlanes>(a, i, o), sum));
+    }
+  }
+}
+
+// ---- weights
+
+// Steps of at most 16 units through segments of `depth` units: all are as long, and where they do not add up
+// the last of a segment begins within the one before.
+struct TileSteps {
+  int64_t segments, depth;  // units of a segment
+  int64_t group, unit;      // steps of a segment, units of a step
+  TileSteps(int64_t segments_, int64_t depth_)
+      : segments(segments_), depth(depth_), group((depth_ + 15) / 16) {
+    unit = depth % group == 0 ? depth / group : 16;
+  }
+  int64_t count() const { return segments * group; }
+  int64_t overlap() const { return group > 1 ? group * unit - depth : 0; }
+  int64_t begin(int64_t i) const { return least(i * unit, depth - unit); }
+};
+
+// Weights [n][depth][taps] as tiles of outputs [first, first + kPanel), taps one after the other along
+// `steps`, which may be longer. `scratch` is floats or units: taps * depth * kPanel.
+template <int kPlanes, class T>
+static void pack_tiles(const T* weight, int64_t n, int64_t depth, int64_t taps, int64_t first,
+                       const TileSteps& steps, uint32_t* scratch, uint32_t* to) {
+  const int64_t tap_units = units<B16>(depth);
+  if constexpr (kPlanes == 1) {
+    pack_panel<B16>(weight, n, depth, taps, first, scratch);
+  } else {
+    pack_panel<F32>(weight, n, depth, taps, first, reinterpret_cast<float*>(scratch));
+  }
+  const int64_t columns = n - first > 16 ? 2 : 1;
+  for (int64_t s = 0; s < steps.segments; ++s) {
+    for (int64_t i = 0; i < steps.group; ++i, to += kPlanes * 2 * kTileUnits) {
+      const int64_t begin = steps.begin(i);
+      for (int64_t u = 0; u < steps.unit; ++u) {
+        const int64_t at = s * steps.depth + begin + u, tap = at / tap_units, unit = at % tap_units;
+        const bool empty = begin + u < i * steps.unit || tap >= taps;
+        for (int64_t c = 0; c < columns; ++c) {
+          uint32_t* row = to + c * kTileUnits + u * 16;
+          if constexpr (kPlanes == 1) {
+            const uint32_t* from = scratch + at * kPanel + c * 16;
+            _mm512_storeu_si512(row, empty ? _mm512_setzero_si512() : _mm512_loadu_si512(from));
+          } else {
+            const float* from =
+                reinterpret_cast<const float*>(scratch) + (tap * depth + 2 * unit) * kPanel + c * 16;
+            __m256i even[kPlanes], odd[kPlanes];
+            split16(empty ? vset(0.0f) : vload(from), even);
+            split16(empty || 2 * unit + 1 >= depth ? vset(0.0f) : vload(from + kPanel), odd);
+            for (int p = 0; p < kPlanes; ++p) {
+              const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd[p]), 16);
+              _mm512_storeu_si512(row + p * 2 * kTileUnits,
+                                  _mm512_or_si512(_mm512_cvtepu16_epi32(even[p]), high));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace tranche::cpu::TRANCHE_ISA
