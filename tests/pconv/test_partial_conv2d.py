@@ -159,7 +159,9 @@ def test_fp32_is_as_near_as_a_chain_of_fmas(width):
     case.x.abs_(), case.weight.abs_()
     want = case.wider(torch.float64).run(reference.partial_conv2d)
     error = (case.run(partial_conv2d).double() - want).abs() / want
-    chain = torch.finfo(torch.float32).eps / 2 * (9 * width) ** 0.5  # roundings of as many additions, at random
+    chain = (
+        torch.finfo(torch.float32).eps / 2 * (9 * width) ** 0.5
+    )  # roundings of as many additions, at random
     assert error.max() < 2 * chain and error.pow(2).mean().sqrt() < chain / 2
 
 
