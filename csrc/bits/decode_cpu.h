@@ -187,31 +187,42 @@ TRANCHE_INLINE void prefetch_tile(const Streams& from, int64_t t) {
   if constexpr (R::planes == 8) __builtin_prefetch(from.one[1] + t * 64);
 }
 
-// f with the Reading that a weight in planes asks for.
+// f with the Reading that a weight in guarded planes asks for, in single planes, or in either.
 template <class F>
-TRANCHE_INLINE void with_reading(const PackedWeight& w, const F& f) {
-  switch (w.planes + (w.single ? 16 : 0)) {
+TRANCHE_INLINE void with_guarded_reading(const PackedWeight& w, const F& f) {
+  switch (w.planes) {
     case 3:
       return f(Reading<false, 3, false>());
     case 5:
       return f(Reading<false, 5, false>());
     case 7:
       return f(Reading<false, 7, false>());
-    case 8:
+    default:
       return w.bits == 8 ? f(Reading<false, 8, true>()) : f(Reading<false, 8, false>());
-    case 16 + 3:
+  }
+}
+
+template <class F>
+TRANCHE_INLINE void with_single_reading(const PackedWeight& w, const F& f) {
+  switch (w.planes) {
+    case 3:
       return f(Reading<true, 3, false>());
-    case 16 + 4:
+    case 4:
       return f(Reading<true, 4, false>());
-    case 16 + 5:
+    case 5:
       return f(Reading<true, 5, false>());
-    case 16 + 6:
+    case 6:
       return f(Reading<true, 6, false>());
-    case 16 + 7:
+    case 7:
       return f(Reading<true, 7, false>());
     default:
       return w.bits == 8 ? f(Reading<true, 8, true>()) : f(Reading<true, 8, false>());
   }
+}
+
+template <class F>
+TRANCHE_INLINE void with_reading(const PackedWeight& w, const F& f) {
+  w.single ? with_single_reading(w, f) : with_guarded_reading(w, f);
 }
 
 TRANCHE_INLINE Streams streams_of(const PackedWeight& w, int64_t tile) {

@@ -38,16 +38,17 @@ class PackedAmxEngine {
                       void* scratch, const Packed*) {
     const char* x = static_cast<const char*>(panels);
     char* staged = static_cast<char*>(scratch);
-    with_slices(rows.w, [&](auto slices, auto exact) {
+    with_guarded_reading(rows.w, [&](auto reading) {
+      using R = decltype(reading);
       switch ((columns + kPanel - 1) / kPanel) {
         case 1:
-          return product_of<1, slices.value, exact.value>(rows.w, first_row, x, result, staged);
+          return product_of<1, R>(rows.w, first_row, x, result, staged);
         case 2:
-          return product_of<2, slices.value, exact.value>(rows.w, first_row, x, result, staged);
+          return product_of<2, R>(rows.w, first_row, x, result, staged);
         case 3:
-          return product_of<3, slices.value, exact.value>(rows.w, first_row, x, result, staged);
+          return product_of<3, R>(rows.w, first_row, x, result, staged);
         case 4:
-          return product_of<4, slices.value, exact.value>(rows.w, first_row, x, result, staged);
+          return product_of<4, R>(rows.w, first_row, x, result, staged);
       }
     });
     clear_padding(rows.w, first_row, columns, result);
@@ -78,7 +79,7 @@ class PackedAmxEngine {
     }
   }
 
-  template <int kPanels, int slices, bool exact>
+  template <int kPanels, class R>
   static void product_of(const PackedWeight& w, int first_row, const char* x, float* result, char* staged) {
     const Streams from = streams_of(w, first_row / kTileRows * w.input_tiles);
     const Rounding rounding = rounding_of_bits(w.bits);
@@ -89,10 +90,10 @@ class PackedAmxEngine {
     if constexpr (kPanels > 3) TRANCHE_TILE_ZERO(3);
     for (int64_t t = 0; t < w.input_tiles + kLag; ++t) {
       if (t < w.input_tiles) {
-        prefetch_tile<slices, false>(from, t + kPackedAhead);
+        prefetch_tile<R>(from, t + kPackedAhead);
         char* to = staged + t % kRing * kTileBytes;
-        decode_weights<PackedDotLanes, slices, exact>(
-            from, t, rounding, [to](int v, int, Bytes weights) { bstore(to + 64 * v, weights); });
+        decode_weights<PackedDotLanes, R>(from, t, rounding,
+                                          [to](int v, int, Bytes weights) { bstore(to + 64 * v, weights); });
       }
       if (t >= kLag)
         step<kPanels>(staged + (t - kLag) % kRing * kTileBytes, x + (t - kLag) * kTileBytes, panel);

@@ -32,7 +32,7 @@ struct PackedFmaLanes {
   using Element = float;
   static constexpr int kSteps = 4;
 
-  template <int slices>
+  template <class R>
   TRANCHE_INLINE Bytes weights(Bytes unit, int j) {
     Bytes bits;
     const Vec w = float_of_byte(unit, j);
@@ -72,9 +72,9 @@ struct PackedDotLanes {
   using Element = uint16_t;
   static constexpr int kSteps = 2;
 
-  template <int slices>
+  template <class R>
   TRANCHE_INLINE Bytes weights(Bytes unit, int j) {
-    if constexpr (slices <= 3) {  // at most four bits: the index is what the word's low five say
+    if constexpr (R::planes <= 5) {  // at most four bits: the index is what the word's low five say
       return _mm512_permutexvar_epi16(_mm512_srli_epi16(unit, j == 0 ? 3 : 11), bload(kFewBits.words));
     } else {
       const Bytes low = _mm512_castps_si512(float_of_byte(unit, j));
@@ -107,12 +107,12 @@ struct PackedDotLanes {
 #endif
 
 // Tile t of 16 rows: take(vector, part, weights) for each vector of weights, numbered in the order of k.
-template <class Lanes, int slices, bool exact, class F>
+template <class Lanes, class R, class F>
 TRANCHE_INLINE void decode_weights(const Streams& from, int64_t t, Rounding rounding, const F& take) {
-  decode_tile<slices, exact>(from, t, rounding, [&](int unit, int part, Bytes x) {
+  decode_tile<R>(from, t, rounding, [&](int unit, int part, Bytes x) {
 #pragma GCC unroll 4
     for (int j = 0; j < Lanes::kSteps; ++j) {
-      take(unit * Lanes::kSteps + j, part, Lanes::template weights<slices>(x, j));
+      take(unit * Lanes::kSteps + j, part, Lanes::template weights<R>(x, j));
     }
   });
 }
@@ -160,13 +160,14 @@ class PackedLaneEngine {
     const int64_t column_bytes = padded(int(w.in_features)) * int64_t(sizeof(Element));
     char* staged = static_cast<char*>(scratch);
     float* sums = reinterpret_cast<float*>(staged + kRun * kVectors * 64);
-    with_slices(w, [&](auto slices, auto exact) {
+    with_guarded_reading(w, [&](auto reading) {
+      using R = decltype(reading);
       for (int64_t t = 0; t < w.input_tiles; t += kRun) {
         const int64_t end = least(t + kRun, w.input_tiles);
         for (int64_t i = t; i < end; ++i) {
-          prefetch_tile<slices.value, false>(from, i + kPackedAhead);
+          prefetch_tile<R>(from, i + kPackedAhead);
           char* to = staged + (i - t) * kVectors * 64;
-          decode_weights<Lanes, slices.value, exact.value>(from, i, rounding, [&](int v, int part, Bytes x) {
+          decode_weights<Lanes, R>(from, i, rounding, [&](int v, int part, Bytes x) {
             bstore(to + 64 * v + int(sizeof x) * part, x);
           });
         }

@@ -30,7 +30,7 @@ TRANCHE_HD PackedWeight packed_expert(const ExpertMatrices& m, int expert, int r
   w.row_tiles = (rows + kTileRows - 1) / kTileRows;
   w.input_tiles = (columns + kTileInputs - 1) / kTileInputs;
   w.bits = bits;
-  w.slices = slices_of_bits(bits);
+  w.planes = planes_of_bits(bits, w.single);
   return w;
 }
 
