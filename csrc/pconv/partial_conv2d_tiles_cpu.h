@@ -194,8 +194,14 @@ class TileConvolution {
 
   // The channels of a pixel that lie side by side.
   void put(const T* from, uint16_t* to, int64_t plane) const {
-    for (int64_t c = 0; c < p_.c_in; c += 16)
-      put16(from + c, int(least<int64_t>(16, p_.c_in - c)), to + c, plane);
+    int64_t c = 0;
+    for (; kPlanes > 1 && c + 32 <= p_.c_in; c += 32) {
+      __m512i part[kPlanes];
+      split32(load16(from + c, 16), load16(from + c + 16, 16), part);
+#pragma GCC unroll 3
+      for (int p = 0; p < kPlanes; ++p) _mm512_storeu_si512(to + c + p * plane, part[p]);
+    }
+    for (; c < p_.c_in; c += 16) put16(from + c, int(least<int64_t>(16, p_.c_in - c)), to + c, plane);
   }
 
   TRANCHE_INLINE void put16(const T* from, int n, uint16_t* to, int64_t plane) {

@@ -37,6 +37,12 @@ struct TileMath {
         }
       }
     }
+    TRANCHE_INLINE void put32(bf16* to, Vec low, Vec high) {
+      __m512i part[kPlanes];
+      split32(low, high, part);
+#pragma GCC unroll 3
+      for (int p = 0; p < kPlanes; ++p) _mm512_storeu_si512(to + p * 2 * kTileUnits, part[p]);
+    }
     static Mask first_lanes(int64_t n) {
       return n >= 16 ? Mask(0xffff) : n <= 0 ? Mask(0) : Mask((1u << n) - 1u);
     }
@@ -53,6 +59,17 @@ struct TileMath {
               const A* gate) const {
       T block[256];
       for (int64_t done = 0; done < n;) {
+        if ((first + done) % 32 == 0 && n - done >= 32 && from.channel == 1) {
+          const T* source = from.data + done;
+          const Vec low = gate ? vload(gate + done) : vset(1.0f);
+          const Vec high = gate ? vload(gate + done + 16) : vset(1.0f);
+          for (int64_t i = 0; i < count; ++i, source += from.pixel) {
+            put32(at(pixel + i, first + done), vmul(load16(source, 16), low),
+                  vmul(load16(source + 16, 16), high));
+          }
+          done += 32;
+          continue;
+        }
         const int64_t width = least(16 - (first + done) % 16, n - done);
         const Mask live = first_lanes(width);
         const Vec scale = gate ? _mm512_maskz_loadu_ps(live, gate + done) : vset(1.0f);
@@ -77,6 +94,10 @@ struct TileMath {
     // The same from sums [count][kPanel].
     void store(const A* sums, int64_t pixel, int64_t count, int64_t first, int64_t n) const {
       for (int64_t i = 0; i < count; ++i, sums += kPanel) {
+        if (n == kPanel && first % kPanel == 0) {
+          put32(at(pixel + i, first), vload(sums), vload(sums + 16));
+          continue;
+        }
         for (int64_t c = 0; c < n; c += 16)
           put(at(pixel + i, first + c), vload(sums + c), first_lanes(n - c));
       }
@@ -84,6 +105,12 @@ struct TileMath {
     // All pixels' channels [first, first + n) = the activation of sums [pixels][kPanel].
     template <Activation kActivation>
     void activate(A* sums, int64_t pixels, int64_t first, int64_t n) const {
+      if (n == kPanel) {
+        for (int64_t i = 0; i < pixels; ++i, sums += kPanel) {
+          put32(at(i, first), activated<kActivation>(vload(sums)), activated<kActivation>(vload(sums + 16)));
+        }
+        return;
+      }
       const Mask left = first_lanes(n), right = first_lanes(n - 16);
       for (int64_t i = 0; i < pixels; i += kTilePixels) {
         bf16* to = at(i, first);

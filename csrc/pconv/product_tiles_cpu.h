@@ -20,30 +20,51 @@ struct PlanesOf {
   static constexpr int value = __is_same(T, bf16) ? 1 : __is_same(T, float) ? 3 : 0;
 };
 
-TRANCHE_INLINE Vec expand(__m256i x) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+// The parts of 16 floats, in the upper halves of their lanes: x cut off after 8 bits, so that nothing finite
+// becomes infinite, the rest rounded to 8 bits, and what is left. Of infinity and NaN the others are 0.
+TRANCHE_INLINE void parts_of(Vec x, Vec (&part)[3]) {
+  // for fixupimm, a response for each class of number: a NaN stays one whatever bits are cut off, and a rest
+  // that is NaN is 0
+  constexpr int kNanOfSource = 0x22, kZeroForNan = 0x88;
+  const __m512i upper = _mm512_set1_epi32(int(0xffff0000u));
+  const auto cut = [&](__m512i bits) { return _mm512_castsi512_ps(_mm512_and_si512(bits, upper)); };
+  part[0] = cut(_mm512_castps_si512(x));
+  part[0] = _mm512_fixupimm_ps(part[0], x, _mm512_set1_epi32(kNanOfSource), 0);
+  Vec rest = vsub(x, part[0]);
+  rest = _mm512_fixupimm_ps(rest, rest, _mm512_set1_epi32(kZeroForNan), 0);
+  part[1] = cut(_mm512_add_epi32(_mm512_castps_si512(rest), _mm512_set1_epi32(0x8000)));
+  part[2] = vsub(rest, part[1]);
 }
-TRANCHE_INLINE __m256i shrink(Vec x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
 
-// The parts of 16 floats. Of infinity and NaN the first is the value and the others are 0; a finite value
-// that would be rounded to infinity is cut off instead.
+// The upper halves of 32 lanes, side by side.
+TRANCHE_INLINE __m512i upper_halves(Vec low, Vec high) {
+  alignas(64) static constexpr uint16_t kOdd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                    23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                    45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return _mm512_permutex2var_epi16(_mm512_castps_si512(low), _mm512_load_si512(kOdd),
+                                   _mm512_castps_si512(high));
+}
+
+// 32 floats as bf16, or as three that are their sum.
+template <int kPlanes>
+TRANCHE_INLINE void split32(Vec low, Vec high, __m512i (&part)[kPlanes]) {
+  if constexpr (kPlanes == 1) {
+    part[0] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+  } else {
+    Vec first[3], second[3];
+    parts_of(low, first);
+    parts_of(high, second);
+#pragma GCC unroll 3
+    for (int p = 0; p < 3; ++p) part[p] = upper_halves(first[p], second[p]);
+  }
+}
+
 template <int kPlanes>
 TRANCHE_INLINE void split16(Vec x, __m256i (&part)[kPlanes]) {
-  part[0] = shrink(x);
-  if constexpr (kPlanes > 1) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
-    Vec rest = vsub(x, expand(part[0]));
-    const Mask large = _mm512_cmpge_epi32_mask(magnitude, _mm512_set1_epi32(0x7f7f8000));
-    if (__builtin_expect(large != 0, 0)) {
-      const Mask infinite = _mm512_cmpge_epi32_mask(magnitude, _mm512_set1_epi32(0x7f800000));
-      const __m256i cut = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
-      part[0] = _mm256_mask_mov_epi16(part[0], Mask(large & ~infinite), cut);
-      rest = _mm512_maskz_sub_ps(Mask(~infinite), x, expand(part[0]));
-    }
-    part[1] = shrink(rest);
-    part[2] = shrink(vsub(rest, expand(part[1])));
-  }
+  __m512i wide[kPlanes];
+  split32(x, x, wide);
+#pragma GCC unroll 3
+  for (int p = 0; p < kPlanes; ++p) part[p] = _mm512_castsi512_si256(wide[p]);
 }
 
 // One panel of outputs for `blocks` blocks of 16 pixels.
@@ -236,13 +257,13 @@ static void pack_tiles(const T* weight, int64_t n, int64_t depth, int64_t taps, 
           } else {
             const float* from =
                 reinterpret_cast<const float*>(scratch) + (tap * depth + 2 * unit) * kPanel + c * 16;
-            __m256i even[kPlanes], odd[kPlanes];
-            split16(empty ? vset(0.0f) : vload(from), even);
-            split16(empty || 2 * unit + 1 >= depth ? vset(0.0f) : vload(from + kPanel), odd);
+            Vec even[3], odd[3];
+            parts_of(empty ? vset(0.0f) : vload(from), even);
+            parts_of(empty || 2 * unit + 1 >= depth ? vset(0.0f) : vload(from + kPanel), odd);
             for (int p = 0; p < kPlanes; ++p) {
-              const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd[p]), 16);
+              const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even[p]), 16);
               _mm512_storeu_si512(row + p * 2 * kTileUnits,
-                                  _mm512_or_si512(_mm512_cvtepu16_epi32(even[p]), high));
+                                  _mm512_or_si512(low, _mm512_castps_si512(odd[p])));
             }
           }
         }
