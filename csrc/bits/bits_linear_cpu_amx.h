@@ -13,26 +13,26 @@ namespace tranche::cpu::TRANCHE_ISA {
 // and b1 weights; sums[2 i + o] gets x tile i times weights o.
 static void tile_sums(const int8_t* a0, const int8_t* a1, const uint8_t* b0, const uint8_t* b1, int64_t begin,
                       int64_t end, int32_t (&sums)[4][256]) {
-  TRANCHE_TILE_ZERO(0);
-  TRANCHE_TILE_ZERO(1);
-  TRANCHE_TILE_ZERO(2);
-  TRANCHE_TILE_ZERO(3);
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
   for (int64_t k = begin * kTileBytes; k < end * kTileBytes; k += kTileBytes) {
-    TRANCHE_TILE_LOAD(4, a0 + k, 64);
-    TRANCHE_TILE_LOAD(6, b0 + k, 64);
-    TRANCHE_TILE_LOAD(7, b1 + k, 64);
-    TRANCHE_TILE_DOT_S8U8(0, 4, 6);
-    TRANCHE_TILE_DOT_S8U8(1, 4, 7);
+    tile_load<4>(a0 + k, 64);
+    tile_load<6>(b0 + k, 64);
+    tile_load<7>(b1 + k, 64);
+    tile_dot_s8u8<0, 4, 6>();
+    tile_dot_s8u8<1, 4, 7>();
     if (a1) {
-      TRANCHE_TILE_LOAD(5, a1 + k, 64);
-      TRANCHE_TILE_DOT_S8U8(2, 5, 6);
-      TRANCHE_TILE_DOT_S8U8(3, 5, 7);
+      tile_load<5>(a1 + k, 64);
+      tile_dot_s8u8<2, 5, 6>();
+      tile_dot_s8u8<3, 5, 7>();
     }
   }
-  TRANCHE_TILE_STORE(0, sums[0], 64);
-  TRANCHE_TILE_STORE(1, sums[1], 64);
-  TRANCHE_TILE_STORE(2, sums[2], 64);
-  TRANCHE_TILE_STORE(3, sums[3], 64);
+  tile_store<0>(sums[0], 64);
+  tile_store<1>(sums[1], 64);
+  tile_store<2>(sums[2], 64);
+  tile_store<3>(sums[3], 64);
 }
 
 // 32 outputs from `row_tile` on (or 16, where `outputs` is one row of tiles), 32 rows of x from `first` on.

@@ -250,8 +250,8 @@ static void decode_run(const Streams& from, int64_t begin, int64_t end, int64_t 
 
 // Tiles [begin, end) of a row of tiles in the plain layout: decoded to `to`, or where they already are. What
 // will be read next lies `ahead` tiles later.
-static const uint8_t* decode_tiles(const PackedWeight& w, int64_t row_tile, int64_t begin, int64_t end,
-                                   int64_t ahead, uint8_t* to) {
+[[maybe_unused]] static const uint8_t* decode_tiles(const PackedWeight& w, int64_t row_tile, int64_t begin,
+                                                    int64_t end, int64_t ahead, uint8_t* to) {
   const int64_t tile = row_tile * w.input_tiles;
   if (w.planes == 0) {
     const uint8_t* plain = w.data + (tile + begin) * kTileBytes8;
@@ -296,8 +296,8 @@ static void dot_run(const Streams& from, int64_t begin, int64_t end, Rounding ro
   }
 }
 
-static void dot_tiles(const PackedWeight& w, int64_t row_tile, int64_t begin, int64_t end, const uint32_t* x,
-                      uint32_t* totals) {
+[[maybe_unused]] static void dot_tiles(const PackedWeight& w, int64_t row_tile, int64_t begin, int64_t end,
+                                       const uint32_t* x, uint32_t* totals) {
   with_reading(w, [&](auto reading) {
     dot_run<decltype(reading)>(streams_of(w, row_tile * w.input_tiles), begin, end, rounding_of_bits(w.bits),
                                x, totals);

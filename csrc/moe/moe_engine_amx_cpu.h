@@ -62,28 +62,28 @@ class AmxEngine {
   // Tiles 0..3 are the accumulators of the panels, 4 and 5 weights, 6 and 7 columns.
   template <int kPanels>
   TRANCHE_INLINE void clear() {
-    TRANCHE_TILE_ZERO(0);
-    if constexpr (kPanels > 1) TRANCHE_TILE_ZERO(1);
-    if constexpr (kPanels > 2) TRANCHE_TILE_ZERO(2);
-    if constexpr (kPanels > 3) TRANCHE_TILE_ZERO(3);
+    tile_zero<0>();
+    if constexpr (kPanels > 1) tile_zero<1>();
+    if constexpr (kPanels > 2) tile_zero<2>();
+    if constexpr (kPanels > 3) tile_zero<3>();
   }
 
   template <int kPanels>
   TRANCHE_INLINE void step(const char* a, int64_t stride, const char* b, int64_t panel) {
-    TRANCHE_TILE_LOAD(4, a, stride);
-    TRANCHE_TILE_LOAD(6, b, 64);
-    TRANCHE_TILE_DOT_BF16(0, 4, 6);
+    tile_load<4>(a, stride);
+    tile_load<6>(b, 64);
+    tile_dot_bf16<0, 4, 6>();
     if constexpr (kPanels > 1) {
-      TRANCHE_TILE_LOAD(7, b + panel, 64);
-      TRANCHE_TILE_DOT_BF16(1, 4, 7);
+      tile_load<7>(b + panel, 64);
+      tile_dot_bf16<1, 4, 7>();
     }
     if constexpr (kPanels > 2) {
-      TRANCHE_TILE_LOAD(6, b + 2 * panel, 64);
-      TRANCHE_TILE_DOT_BF16(2, 4, 6);
+      tile_load<6>(b + 2 * panel, 64);
+      tile_dot_bf16<2, 4, 6>();
     }
     if constexpr (kPanels > 3) {
-      TRANCHE_TILE_LOAD(7, b + 3 * panel, 64);
-      TRANCHE_TILE_DOT_BF16(3, 4, 7);
+      tile_load<7>(b + 3 * panel, 64);
+      tile_dot_bf16<3, 4, 7>();
     }
   }
 
@@ -152,10 +152,10 @@ class AmxEngine {
   // The accumulator is [row][column]; the result [column][row].
   template <int kTile>
   TRANCHE_INLINE void store(float* tile, float* result) {
-    if constexpr (kTile == 0) TRANCHE_TILE_STORE(0, tile, 64);
-    if constexpr (kTile == 1) TRANCHE_TILE_STORE(1, tile, 64);
-    if constexpr (kTile == 2) TRANCHE_TILE_STORE(2, tile, 64);
-    if constexpr (kTile == 3) TRANCHE_TILE_STORE(3, tile, 64);
+    if constexpr (kTile == 0) tile_store<0>(tile, 64);
+    if constexpr (kTile == 1) tile_store<1>(tile, 64);
+    if constexpr (kTile == 2) tile_store<2>(tile, 64);
+    if constexpr (kTile == 3) tile_store<3>(tile, 64);
     __m512i block[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) block[i] = _mm512_loadu_si512(tile + i * 16);

@@ -62,20 +62,20 @@ class PackedAmxEngine {
   // Tiles 0..3 are the accumulators of the panels, 4 weights, 6 and 7 columns.
   template <int kPanels>
   TRANCHE_INLINE void step(const char* w, const char* x, int64_t panel) {
-    TRANCHE_TILE_LOAD(4, w, 64);
-    TRANCHE_TILE_LOAD(6, x, 64);
-    TRANCHE_TILE_DOT_BF16(0, 6, 4);
+    tile_load<4>(w, 64);
+    tile_load<6>(x, 64);
+    tile_dot_bf16<0, 6, 4>();
     if constexpr (kPanels > 1) {
-      TRANCHE_TILE_LOAD(7, x + panel, 64);
-      TRANCHE_TILE_DOT_BF16(1, 7, 4);
+      tile_load<7>(x + panel, 64);
+      tile_dot_bf16<1, 7, 4>();
     }
     if constexpr (kPanels > 2) {
-      TRANCHE_TILE_LOAD(6, x + 2 * panel, 64);
-      TRANCHE_TILE_DOT_BF16(2, 6, 4);
+      tile_load<6>(x + 2 * panel, 64);
+      tile_dot_bf16<2, 6, 4>();
     }
     if constexpr (kPanels > 3) {
-      TRANCHE_TILE_LOAD(7, x + 3 * panel, 64);
-      TRANCHE_TILE_DOT_BF16(3, 7, 4);
+      tile_load<7>(x + 3 * panel, 64);
+      tile_dot_bf16<3, 7, 4>();
     }
   }
 
@@ -84,10 +84,10 @@ class PackedAmxEngine {
     const Streams from = streams_of(w, first_row / kTileRows * w.input_tiles);
     const Rounding rounding = rounding_of_bits(w.bits);
     const int64_t panel = panel_bytes(int(w.in_features));
-    TRANCHE_TILE_ZERO(0);
-    if constexpr (kPanels > 1) TRANCHE_TILE_ZERO(1);
-    if constexpr (kPanels > 2) TRANCHE_TILE_ZERO(2);
-    if constexpr (kPanels > 3) TRANCHE_TILE_ZERO(3);
+    tile_zero<0>();
+    if constexpr (kPanels > 1) tile_zero<1>();
+    if constexpr (kPanels > 2) tile_zero<2>();
+    if constexpr (kPanels > 3) tile_zero<3>();
     for (int64_t t = 0; t < w.input_tiles + kLag; ++t) {
       if (t < w.input_tiles) {
         prefetch_tile<R>(from, t + kPackedAhead);
@@ -99,10 +99,10 @@ class PackedAmxEngine {
         step<kPanels>(staged + (t - kLag) % kRing * kTileBytes, x + (t - kLag) * kTileBytes, panel);
     }
     // an accumulator is [column][row], as the result is
-    TRANCHE_TILE_STORE(0, result, 64);
-    if constexpr (kPanels > 1) TRANCHE_TILE_STORE(1, result + 256, 64);
-    if constexpr (kPanels > 2) TRANCHE_TILE_STORE(2, result + 512, 64);
-    if constexpr (kPanels > 3) TRANCHE_TILE_STORE(3, result + 768, 64);
+    tile_store<0>(result, 64);
+    if constexpr (kPanels > 1) tile_store<1>(result + 256, 64);
+    if constexpr (kPanels > 2) tile_store<2>(result + 512, 64);
+    if constexpr (kPanels > 3) tile_store<3>(result + 768, 64);
   }
 };
 

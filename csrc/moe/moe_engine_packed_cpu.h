@@ -4,10 +4,7 @@
 // Sums of a row and a column are four chains over all k, vector after vector, which a fixed tree adds.
 #pragma once
 
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wunused-function"  // not all of it is used here
 #include "bits/decode_cpu.h"
-#pragma GCC diagnostic pop
 #include "moe/moe_engine_cpu.h"
 #include "moe/moe_experts.h"
 

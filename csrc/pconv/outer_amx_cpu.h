@@ -22,50 +22,41 @@ struct TileRuns {
 
 // Tiles 0..3: sums. 4: outputs by pairs of pixels, 5: pairs of pixels by lanes; 6 and 7 the same for the
 // rest.
-class OuterTiles {
- public:
-  explicit OuterTiles(const TileRuns& runs) {
-    alignas(64) struct {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int t = 0; t < 8; ++t) {
-      const int64_t depth = t < 6 ? runs.piece : runs.rest;
-      config.row_bytes[t] = uint16_t(t == 4 || t == 6 ? 4 * depth : 64);
-      config.rows[t] = uint8_t(t == 5 || t == 7 ? depth : 16);
-    }
-    asm volatile("ldtilecfg %0" ::"m"(config));
-  }
-  ~OuterTiles() { asm volatile("tilerelease" ::); }
-  OuterTiles(const OuterTiles&) = delete;
-  OuterTiles& operator=(const OuterTiles&) = delete;
-};
+TRANCHE_INLINE Tiles tiles_of_runs(const TileRuns& runs) {
+  return Tiles(
+      {{}, {}, {}, {}, {16, 4 * runs.piece}, {runs.piece, 64}, {16, 4 * runs.rest}, {runs.rest, 64}});
+}
 
-// 32 outputs by two vectors, or 16 by four; of the vectors `vectors` count.
-#define TRANCHE_OUTER_TILES(Y, X)                                  \
-  TRANCHE_TILE_LOAD(Y, y, y_bytes);                                \
-  TRANCHE_TILE_LOAD(X, x[0] + at, x_bytes);                        \
-  TRANCHE_TILE_DOT_BF16(0, Y, X);                                  \
-  if (kVectors > 1) {                                              \
-    TRANCHE_TILE_LOAD(X, x[1] + at, x_bytes);                      \
-    TRANCHE_TILE_DOT_BF16(1, Y, X);                                \
-  }                                                                \
-  if (kTall) {                                                     \
-    TRANCHE_TILE_LOAD(Y, y + 16 * a.y_step, y_bytes);              \
-    if (kVectors > 1) {                                            \
-      TRANCHE_TILE_DOT_BF16(3, Y, X);                              \
-      TRANCHE_TILE_LOAD(X, x[0] + at, x_bytes);                    \
-    }                                                              \
-    TRANCHE_TILE_DOT_BF16(2, Y, X);                                \
-  } else if (kVectors > 2) {                                       \
-    TRANCHE_TILE_LOAD(X, x[kVectors > 2 ? 2 : 0] + at, x_bytes);   \
-    TRANCHE_TILE_DOT_BF16(2, Y, X);                                \
-    if (kVectors > 3) {                                            \
-      TRANCHE_TILE_LOAD(X, x[kVectors > 3 ? 3 : 0] + at, x_bytes); \
-      TRANCHE_TILE_DOT_BF16(3, Y, X);                              \
-    }                                                              \
+// 32 outputs by two vectors, or 16 by four, of which kVectors are there: tile kY takes outputs, kX vectors,
+// the second 16 outputs `below` the first.
+template <int kY, int kX, bool kTall, int kVectors>
+TRANCHE_INLINE void outer_dots(const uint32_t* y, int64_t below, int64_t y_bytes,
+                               const uint32_t* const (&x)[kVectors], int64_t at, int64_t x_bytes) {
+  tile_load<kY>(y, y_bytes);
+  tile_load<kX>(x[0] + at, x_bytes);
+  tile_dot_bf16<0, kY, kX>();
+  if constexpr (kVectors > 1) {
+    tile_load<kX>(x[1] + at, x_bytes);
+    tile_dot_bf16<1, kY, kX>();
   }
+  if constexpr (kTall) {
+    tile_load<kY>(y + below, y_bytes);
+    if constexpr (kVectors > 1) {
+      tile_dot_bf16<3, kY, kX>();
+      tile_load<kX>(x[0] + at, x_bytes);
+    }
+    tile_dot_bf16<2, kY, kX>();
+  } else {
+    if constexpr (kVectors > 2) {
+      tile_load<kX>(x[2] + at, x_bytes);
+      tile_dot_bf16<2, kY, kX>();
+    }
+    if constexpr (kVectors > 3) {
+      tile_load<kX>(x[3] + at, x_bytes);
+      tile_dot_bf16<3, kY, kX>();
+    }
+  }
+}
 
 template <bool kTall, int kVectors>
 static void tile_block(const Outer<B16>& a, const TileRuns& runs, int64_t row, int64_t vector) {
@@ -73,29 +64,29 @@ static void tile_block(const Outer<B16>& a, const TileRuns& runs, int64_t row, i
   const int64_t x_bytes = runs.step * 4, y_bytes = a.y_step * 4;
   const uint32_t *x[kVectors], *y = a.y + row * a.y_step;
   for (int v = 0; v < kVectors; ++v) x[v] = a.x + a.vector[vector + v];
-  TRANCHE_TILE_ZERO(0);
-  TRANCHE_TILE_ZERO(1);
-  TRANCHE_TILE_ZERO(2);
-  TRANCHE_TILE_ZERO(3);
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
   Lines ahead = *a.ahead;
   for (int64_t d = 0; d < a.depth; d += runs.run) {
     int64_t at = a.offset[d];
     for (int64_t i = runs.piece; i < runs.run; i += runs.piece) {
       for (int f = 0; f < kFetches; ++f) ahead.fetch();
-      TRANCHE_OUTER_TILES(4, 5)
+      outer_dots<4, 5, kTall>(y, 16 * a.y_step, y_bytes, x, at, x_bytes);
       at += runs.piece * runs.step;
       y += runs.piece;
     }
     for (int f = 0; f < kFetches; ++f) ahead.fetch();
-    TRANCHE_OUTER_TILES(6, 7)
+    outer_dots<6, 7, kTall>(y, 16 * a.y_step, y_bytes, x, at, x_bytes);
     y += runs.rest;
   }
   *a.ahead = ahead;
   alignas(64) float sums[4][16 * 16];
-  TRANCHE_TILE_STORE(0, sums[0], 64);
-  TRANCHE_TILE_STORE(1, sums[1], 64);
-  TRANCHE_TILE_STORE(2, sums[2], 64);
-  TRANCHE_TILE_STORE(3, sums[3], 64);
+  tile_store<0>(sums[0], 64);
+  tile_store<1>(sums[1], 64);
+  tile_store<2>(sums[2], 64);
+  tile_store<3>(sums[3], 64);
   for (int t = 0; t < (kTall ? 2 : 1) * kVectors; ++t) {
     const int64_t first = row + (kTall ? t / kVectors * 16 : 0), live = least<int64_t>(16, a.rows - first);
     const float* tile = sums[kTall ? t / kVectors * 2 + t % kVectors : t];
@@ -116,7 +107,7 @@ static void tile_row(const Outer<B16>& a, const TileRuns& runs, int64_t row, int
 }
 
 static void tile_outer(const Outer<B16>& a, const TileRuns& runs) {
-  const OuterTiles tiles(runs);
+  const Tiles tiles = tiles_of_runs(runs);
   const int64_t together = a.rows > 16 ? 2 : 4;
   for (int64_t vector = 0; vector < a.vectors; vector += together) {
     const int64_t vectors = least(together, a.vectors - vector);

@@ -32,9 +32,13 @@ class TileConvolution {
   // Whether tiles are the faster way: a property of the weight's shape alone.
   static bool serves(const PartialConv2dParams& p) {
     if (p.groups != 1) return false;
-    // In the time of a tile product a vector unit sums up 2 channels of as many pixels and outputs.
-    const int64_t products = kPlanes == 1 ? 1 : 6;
-    return 2 * products * steps_of(p).count() <= int64_t(p.kernel[0]) * p.kernel[1] * p.c_in;
+    // In the time of a tile product a vector unit sums up 2 channels of as many pixels and outputs, or 5
+    // where rows of tiles cross lines of the cache.
+    const TileSteps steps = steps_of(p);
+    const bool gathers = p.stride[0] != 1 || p.stride[1] != 1;
+    const int64_t step = units<B16>(p.c_in) * (gathers ? int64_t(p.kernel[0]) * p.kernel[1] : 1);
+    const int64_t product = (kPlanes == 1 ? 1 : 6) * (step % 16 == 0 ? 2 : 5);
+    return product * steps.count() <= int64_t(p.kernel[0]) * p.kernel[1] * p.c_in;
   }
 
   void take(Arena& arena) {
@@ -116,7 +120,7 @@ class TileConvolution {
   // epilogue(first output channel, channels, sums [rows][pitch()][kPanel]).
   template <class Epilogue>
   void compute(int64_t rows, const Unit* packed, int64_t plane, A* sums, const Epilogue& epilogue) const {
-    const Tiles tiles(int(steps_.unit));
+    const Tiles tiles = tiles_of_depth(steps_.unit);
     TileProduct a{};
     a.x = packed;
     a.step = step();

@@ -67,6 +67,11 @@ TRANCHE_INLINE void split16(Vec x, __m256i (&part)[kPlanes]) {
   for (int p = 0; p < kPlanes; ++p) part[p] = _mm512_castsi512_si256(wide[p]);
 }
 
+// Tiles 0..3 for sums, 4 and 5 for pixels of `depth` units, 6 and 7 for as many units of weights.
+TRANCHE_INLINE Tiles tiles_of_depth(int64_t depth) {
+  return Tiles({{}, {}, {}, {}, {16, 4 * depth}, {16, 4 * depth}, {depth, 64}, {depth, 64}});
+}
+
 // One panel of outputs for `blocks` blocks of 16 pixels.
 struct TileProduct {
   const uint32_t* x;           // the first part of the first pixel

@@ -267,11 +267,11 @@ class AmxKernel {
   // Scores of key tiles k, k + 1 with row tiles tile, tile + 1 (if kTwo).
   template <bool kTwo>
   void score(int tile, int k) const {
-    TRANCHE_TILE_ZERO(0);
-    TRANCHE_TILE_ZERO(2);
+    tile_zero<0>();
+    tile_zero<2>();
     if (kTwo) {
-      TRANCHE_TILE_ZERO(1);
-      TRANCHE_TILE_ZERO(3);
+      tile_zero<1>();
+      tile_zero<3>();
     }
     const char* q = q_ + int64_t(tile / 2) * dim_blocks_ * kQBytes;
     const char* key = k_ + int64_t(k / 2) * dim_blocks_ * kKBytes;
@@ -283,11 +283,11 @@ class AmxKernel {
       for (int db = 0; db < dim_blocks_; ++db) products<kTwo, kAll>(key + db * kKBytes, q + db * kQBytes);
     }
     float *to = scores_ + k * 16 * kLanes, *next = to + int64_t(keys_) * kLanes;
-    TRANCHE_TILE_STORE(0, to, 64);
-    TRANCHE_TILE_STORE(2, to + 16 * kLanes, 64);
+    tile_store<0>(to, 64);
+    tile_store<2>(to + 16 * kLanes, 64);
     if (kTwo) {
-      TRANCHE_TILE_STORE(1, next, 64);
-      TRANCHE_TILE_STORE(3, next + 16 * kLanes, 64);
+      tile_store<1>(next, 64);
+      tile_store<3>(next + 16 * kLanes, 64);
     }
   }
 
@@ -296,16 +296,16 @@ class AmxKernel {
   void accumulate(int groups, int d, float* out) const {
     float *out0 = out + int64_t(d) * 16 * kLanes, *out1 = out0 + int64_t(dim_) * kLanes;
     const bool second = d + 1 < dim_tiles_;
-    TRANCHE_TILE_LOAD(0, out0, 64);
-    if (kTwo) TRANCHE_TILE_LOAD(1, out1, 64);
-    if (second) TRANCHE_TILE_LOAD(2, out0 + 16 * kLanes, 64);
-    if (kTwo && second) TRANCHE_TILE_LOAD(3, out1 + 16 * kLanes, 64);
+    tile_load<0>(out0, 64);
+    if (kTwo) tile_load<1>(out1, 64);
+    if (second) tile_load<2>(out0 + 16 * kLanes, 64);
+    if (kTwo && second) tile_load<3>(out1 + 16 * kLanes, 64);
     const char *value = v_ + d / 2 * kChunkGroups * kKBytes, *weight = weights_;
     for (int g = 0; g < groups; ++g, value += kKBytes, weight += kQBytes) products<kTwo, kAll>(value, weight);
-    TRANCHE_TILE_STORE(0, out0, 64);
-    if (kTwo) TRANCHE_TILE_STORE(1, out1, 64);
-    if (second) TRANCHE_TILE_STORE(2, out0 + 16 * kLanes, 64);
-    if (kTwo && second) TRANCHE_TILE_STORE(3, out1 + 16 * kLanes, 64);
+    tile_store<0>(out0, 64);
+    if (kTwo) tile_store<1>(out1, 64);
+    if (second) tile_store<2>(out0 + 16 * kLanes, 64);
+    if (kTwo && second) tile_store<3>(out1 + 16 * kLanes, 64);
   }
 
   // Results 0 and 2 += the pair of tiles at `shared` times the first tile at `rows`; 1 and 3 with the second.
@@ -317,20 +317,20 @@ class AmxKernel {
 #pragma GCC unroll 3
     for (int j = 0; j < (kWhich == kLeading ? 1 : kK); ++j) {
       const char* pair = shared + j * 2 * kTileBytes;
-      TRANCHE_TILE_LOAD(4, pair, 64);
-      TRANCHE_TILE_LOAD(7, pair + kTileBytes, 64);
+      tile_load<4>(pair, 64);
+      tile_load<7>(pair + kTileBytes, 64);
 #pragma GCC unroll 32
       for (int i = 0; i < 32; ++i) __builtin_prefetch(pair + kKBytes + i * 64, 0, 3);
 #pragma GCC unroll 3
       for (int i = (kWhich == kSmall && j == 0) ? 1 : 0; i < (kWhich == kLeading ? 1 : kQ - j); ++i) {
         const char* row = rows + i * 2 * kTileBytes;
-        TRANCHE_TILE_LOAD(5, row, 64);
-        TRANCHE_TILE_DOT_BF16(0, 4, 5);
-        TRANCHE_TILE_DOT_BF16(2, 7, 5);
+        tile_load<5>(row, 64);
+        tile_dot_bf16<0, 4, 5>();
+        tile_dot_bf16<2, 7, 5>();
         if (kTwo) {
-          TRANCHE_TILE_LOAD(6, row + kTileBytes, 64);
-          TRANCHE_TILE_DOT_BF16(1, 4, 6);
-          TRANCHE_TILE_DOT_BF16(3, 7, 6);
+          tile_load<6>(row + kTileBytes, 64);
+          tile_dot_bf16<1, 4, 6>();
+          tile_dot_bf16<3, 7, 6>();
         }
       }
     }
@@ -489,20 +489,20 @@ class AmxKernel {
       split_pair<kQ, false>(weight(weight_row[t]), weight(weight_row[t + 16]), part);
       for (int i = 0; i < kQ; ++i) _mm512_store_si512(weights_path_ + i * kTileBytes + t * 64, part[i]);
     }
-    TRANCHE_TILE_LOAD(5, weights_path_, 64);
-    if (kQ > 1) TRANCHE_TILE_LOAD(6, weights_path_ + kTileBytes, 64);
-    if (kQ > 2) TRANCHE_TILE_LOAD(7, weights_path_ + 2 * kTileBytes, 64);
+    tile_load<5>(weights_path_, 64);
+    if (kQ > 1) tile_load<6>(weights_path_ + kTileBytes, 64);
+    if (kQ > 2) tile_load<7>(weights_path_ + 2 * kTileBytes, 64);
     for (int d = 0; d < dim_tiles_; ++d) {
       float* to = out + int64_t(d) * 16 * kLanes;
-      TRANCHE_TILE_LOAD(0, to, 64);
+      tile_load<0>(to, 64);
 #pragma GCC unroll 3
       for (int j = 0; j < kK; ++j) {
-        TRANCHE_TILE_LOAD(4, v_path_ + d / 2 * kKBytes + (j * 2 + d % 2) * kTileBytes, 64);
-        TRANCHE_TILE_DOT_BF16(0, 4, 5);
-        if (1 + j < kQ) TRANCHE_TILE_DOT_BF16(0, 4, 6);
-        if (2 + j < kQ) TRANCHE_TILE_DOT_BF16(0, 4, 7);
+        tile_load<4>(v_path_ + d / 2 * kKBytes + (j * 2 + d % 2) * kTileBytes, 64);
+        tile_dot_bf16<0, 4, 5>();
+        if (1 + j < kQ) tile_dot_bf16<0, 4, 6>();
+        if (2 + j < kQ) tile_dot_bf16<0, 4, 7>();
       }
-      TRANCHE_TILE_STORE(0, to, 64);
+      tile_store<0>(to, 64);
     }
   }
 
