@@ -308,6 +308,8 @@ class AmxKernel {
     if (kTwo && second) tile_store<3>(out1 + 16 * kLanes, 64);
   }
 
+  // Products of small parts come first, so that the others are what the sum is rounded with.
+  //
   // Results 0 and 2 += the pair of tiles at `shared` times the first tile at `rows`; 1 and 3 with the second.
   // The next pair is asked for meanwhile: tile loads do not run far enough ahead to hide the second-level
   // cache.
@@ -315,14 +317,14 @@ class AmxKernel {
   template <bool kTwo, Products kWhich>
   TRANCHE_INLINE void products(const char* shared, const char* rows) {
 #pragma GCC unroll 3
-    for (int j = 0; j < (kWhich == kLeading ? 1 : kK); ++j) {
+    for (int j = (kWhich == kLeading ? 1 : kK) - 1; j >= 0; --j) {
       const char* pair = shared + j * 2 * kTileBytes;
       tile_load<4>(pair, 64);
       tile_load<7>(pair + kTileBytes, 64);
 #pragma GCC unroll 32
       for (int i = 0; i < 32; ++i) __builtin_prefetch(pair + kKBytes + i * 64, 0, 3);
 #pragma GCC unroll 3
-      for (int i = (kWhich == kSmall && j == 0) ? 1 : 0; i < (kWhich == kLeading ? 1 : kQ - j); ++i) {
+      for (int i = (kWhich == kLeading ? 1 : kQ - j) - 1; i >= (kWhich == kSmall && j == 0 ? 1 : 0); --i) {
         const char* row = rows + i * 2 * kTileBytes;
         tile_load<5>(row, 64);
         tile_dot_bf16<0, 4, 5>();
@@ -496,11 +498,11 @@ class AmxKernel {
       float* to = out + int64_t(d) * 16 * kLanes;
       tile_load<0>(to, 64);
 #pragma GCC unroll 3
-      for (int j = 0; j < kK; ++j) {
+      for (int j = kK - 1; j >= 0; --j) {  // small products first
         tile_load<4>(v_path_ + d / 2 * kKBytes + (j * 2 + d % 2) * kTileBytes, 64);
-        tile_dot_bf16<0, 4, 5>();
-        if (1 + j < kQ) tile_dot_bf16<0, 4, 6>();
         if (2 + j < kQ) tile_dot_bf16<0, 4, 7>();
+        if (1 + j < kQ) tile_dot_bf16<0, 4, 6>();
+        tile_dot_bf16<0, 4, 5>();
       }
       tile_store<0>(to, 64);
     }
