@@ -317,14 +317,16 @@ class AmxKernel {
   template <bool kTwo, Products kWhich>
   TRANCHE_INLINE void products(const char* shared, const char* rows) {
 #pragma GCC unroll 3
-    for (int j = (kWhich == kLeading ? 1 : kK) - 1; j >= 0; --j) {
+    for (int j = kK - 1; j >= 0; --j) {
+      if (kWhich == kLeading && j > 0) continue;
       const char* pair = shared + j * 2 * kTileBytes;
       tile_load<4>(pair, 64);
       tile_load<7>(pair + kTileBytes, 64);
 #pragma GCC unroll 32
       for (int i = 0; i < 32; ++i) __builtin_prefetch(pair + kKBytes + i * 64, 0, 3);
 #pragma GCC unroll 3
-      for (int i = (kWhich == kLeading ? 1 : kQ - j) - 1; i >= (kWhich == kSmall && j == 0 ? 1 : 0); --i) {
+      for (int i = kQ - 1; i >= 0; --i) {
+        if (i + j >= kQ || (kWhich == kLeading && i > 0) || (kWhich == kSmall && i + j == 0)) continue;
         const char* row = rows + i * 2 * kTileBytes;
         tile_load<5>(row, 64);
         tile_dot_bf16<0, 4, 5>();
