@@ -113,7 +113,9 @@ __device__ __forceinline__ Eight<T> load_eight(PackedRow from, int k, int depth)
   const int row = from.row % kTileRows, q = k % kTileInputs / 16, s = k % 16 / 4;
   const auto word = [&](int slice, int at) {
     const uint32_t offset = (slice == 1 || slice == 4 ? 64u : 128u) * tile + 4u * uint32_t(at);
-    return bits_above(slice) < w.planes ? *reinterpret_cast<const uint32_t*>(slice_stream(w, slice, 0) + offset) : 0u;
+    return bits_above(slice) < w.planes
+               ? *reinterpret_cast<const uint32_t*>(slice_stream(w, slice, 0) + offset)
+               : 0u;
   };
   TileRow packed = {};  // what it holds of q alone, as if that were 0
   packed.two[0][0] = word(0, 16 * q + row);
