@@ -42,7 +42,8 @@ Tensor conv2d_slice_weight_grad(const Tensor& grad_y, const Tensor& x, IntList w
   check.dtype("grad_y", grad_y, {x.scalar_type()});
   check.same_device("grad_y", grad_y, "x", x);
   for (int i = 0; i < 4; ++i) {
-    check.that(x.size(i) <= INT32_MAX && grad_y.size(i) <= INT32_MAX, "sizes below 2^31", "more",
+    check.that(x.size(i) <= INT32_MAX, "sizes of x below 2^31", shape_text(x), "Cut the input in pieces.");
+    check.that(grad_y.size(i) <= INT32_MAX, "sizes of grad_y below 2^31", shape_text(grad_y),
                "Cut the input in pieces.");
   }
   check_list(check, "weight_size", weight_size, 4, 1, "It is [c_out, c / groups, kh, kw].");
@@ -56,7 +57,8 @@ Tensor conv2d_slice_weight_grad(const Tensor& grad_y, const Tensor& x, IntList w
   check.equal("grad_y.size(0)", grad_y.size(0), "x.size(0)", x.size(0), "They are of the same images.");
   check.equal("grad_y.size(1)", grad_y.size(1), "weight_size[0]", weight_size[0],
               "Give the gradient of the convolved slice alone.");
-  check.that(groups <= INT32_MAX / weight_size[1], "sizes below 2^31", "more", "Cut the input in pieces.");
+  check.that(groups <= INT32_MAX / weight_size[1], "groups * weight_size[1] below 2^31",
+             concat(groups, " * ", weight_size[1]), "No x has as many channels.");
   const int64_t width = weight_size[1] * groups;
   check.that(start >= 0 && start + width <= x.size(1),
              concat("start in [0, x.size(1) - c] = [0, ", x.size(1) - width, "]"), start,

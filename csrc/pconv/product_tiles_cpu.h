@@ -1,8 +1,8 @@
 // The product of product_cpu.h on AMX tiles, for bf16 and, in three parts, for float. Include from amx
 // translation units only.
 //
-// A float is taken in three parts (pconv/parts_cpu.h).
-// Pixels are the rows of a left tile, 32 channels its columns; a panel of outputs is two right tiles.
+// A float is taken in three parts (pconv/parts_cpu.h). Pixels are the rows of a left tile, 32 channels its
+// columns; a panel of outputs is two right tiles.
 #pragma once
 
 #include "core/amx.h"

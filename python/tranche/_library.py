@@ -89,7 +89,7 @@ def call(op: str, *args: Any) -> Any:
 
     What torch.library registers for autograd is Python, and takes longer than a small op.
     """
-    function = getattr(getattr(torch.ops, _active), op)
+    function = getattr(ops(), op)
     if torch.compiler.is_compiling() or _needs_grad(args):
         return function(*args)
     with _BelowAutograd():
@@ -98,7 +98,7 @@ def call(op: str, *args: Any) -> Any:
 
 def call_inplace(op: str, *args: Any, **kwargs: Any) -> Any:
     """`call` for an op that `register_inplace` was told of; the tensors that it writes get their new version here."""
-    function = getattr(getattr(torch.ops, _active), op)
+    function = getattr(ops(), op)
     if torch.compiler.is_compiling() or _needs_grad(args) or _needs_grad(kwargs.values()):
         return function(*args, **kwargs)
     with _BelowInplace():

@@ -286,6 +286,12 @@ BAD: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
     r"grad_y.size\(3\)": ((2, 4, 5, 4), X, W, {}),
     "start in": (Y, X, W, {"start": 9}),
     "groups >= 1": (Y, X, W, {"groups": 3}),
+    r"groups \* weight_size\[1\] below": (
+        (1, 2**20, 1, 1),
+        (1, 4, 1, 1),
+        (2**20, 2**12, 1, 1),
+        {"groups": 2**20},
+    ),
     "stride of 2": (Y, X, W, {"stride": 0}),
     "padding of 2": (Y, X, W, {"padding": -1}),
     "dilation of 2": (Y, X, W, {"dilation": (1, 1, 1)}),

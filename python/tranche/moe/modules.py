@@ -303,8 +303,9 @@ class SparseMoE(nn.Module):
         return has_weights and _activation_of(experts.act_fn) is not None  # type: ignore[union-attr]
 
     def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
-        gate, up = self.experts.gate_up_proj.chunk(2, dim=1)  # type: ignore[operator, union-attr]
-        return gate, up, self.experts.down_proj  # type: ignore[return-value]
+        experts: Any = self.experts
+        gate, up = experts.gate_up_proj.chunk(2, dim=1)
+        return gate, up, experts.down_proj
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The block's output for hidden_states [..., H]."""
