@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +27,7 @@ class _BitSwitch(Switchable):
     """
 
     stands_for: ClassVar[type[nn.Module]]
+    _stay_float32 = ("scale", "bias")
     data: Tensor
     scale: Tensor
     bias: Tensor | None
@@ -92,16 +93,6 @@ class _BitSwitch(Switchable):
         products, counts = sums.split([codes.size(0), present.size(0)])
         y = (products * step + counts * offset) * (self.scale * 2 ** (STORED_BITS - bits))
         return (y if self.bias is None else y + self.bias).to(dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _BitSwitch:
-        # .half() and .to(bfloat16) speak of activations: scales and bias stay float32.
-        kept = {name: self._buffers[name] for name in ("scale", "bias")}
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            moved = self._buffers[name]
-            if buffer is not None and moved is not None and moved.dtype != torch.float32:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
 
     def get_extra_state(self) -> dict[str, int]:
         """Layout and shape go with the packed data."""

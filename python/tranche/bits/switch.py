@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tranche.bits.packed import BITS, STORED_BITS
 
@@ -41,6 +41,7 @@ class Switchable(nn.Module):
     """
 
     _bits: int = STORED_BITS
+    _stay_float32: tuple[str, ...] = ()  # buffers, whatever .half() and .to(bfloat16) say of activations
 
     @property
     def bits(self) -> int:
@@ -56,6 +57,15 @@ class Switchable(nn.Module):
         compiling = torch.compiler.is_compiling()
         override = _of_thread.bits if compiling else _in_force.get()
         return self._bits if override is None else override.get(id(self), self._bits)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Switchable:
+        kept = {name: self._buffers[name] for name in self._stay_float32}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != torch.float32:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
 
 def _assignment(model: nn.Module, bits: int | Mapping[str, int]) -> dict[Switchable, int]:

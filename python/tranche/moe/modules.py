@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -199,6 +198,7 @@ class BitSwitchExperts(Switchable):
             self.register_buffer(name, packed.data)
             self.register_buffer(name + "_scale", packed.scale)
             self._layouts[name] = (packed.out_features, packed.in_features, packed.layout)
+        self._stay_float32 = tuple(name + "_scale" for name in self._layouts)
 
     def packed(self, name: str) -> PackedExperts | None:
         """The stack "gate", "up" or "down" as `fused_experts` takes it."""
@@ -220,16 +220,6 @@ class BitSwitchExperts(Switchable):
             activation=self.activation,
             bits=self.bits_in_force(),
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BitSwitchExperts:
-        # .half() and .to(bfloat16) speak of activations: scales stay float32
-        kept = {name: self._buffers[name + "_scale"] for name in self._layouts}
-        super()._apply(fn, recurse)
-        for name, scale in kept.items():
-            moved = self._buffers[name + "_scale"]
-            if scale is not None and moved is not None and moved.dtype != torch.float32:
-                self._buffers[name + "_scale"] = scale.to(moved.device)
-        return self
 
     def get_extra_state(self) -> dict[str, tuple[int, int, int]]:
         """Shapes and layouts go with the packed data."""
