@@ -38,19 +38,24 @@ class SliceConvolution {
     pass_rows_ = most<int64_t>(1, least(p.out_height, kPassPixels / most<int64_t>(1, p.out_width)));
   }
 
-  // What all threads share.
-  void take(Arena& arena) {
-    offsets_ = arena.take<int64_t>(taps_);
+  // What all threads share: of the weights, which may outlive a call and know nothing of an image, and the
+  // rest.
+  void take_weights(Arena& arena) {
     weights_ = arena.take<Unit>(groups_ * panels(group_out_) * panel_units());
     biases_ = arena.take<A>(groups_ * panels(group_out_) * kPanel);
   }
+  void take(Arena& arena) { offsets_ = arena.take<int64_t>(taps_); }
 
-  // The weights of all groups as panels, and where each tap finds its pixel.
+  // Where each tap finds its pixel.
   void prepare() const {
     for (int64_t k = 0; k < taps_; ++k) {
       const int64_t ky = k / p_.kernel[1], kx = k % p_.kernel[1];
       offsets_[k] = (ky * p_.dilation[0] * packed_width_ + kx * p_.dilation[1]) * pixel_;
     }
+  }
+
+  // The weights of all groups as panels.
+  void prepare_weights() const {
     const int64_t count = groups_ * panels(group_out_);
     const auto pack = [&](int64_t i) {
       const int64_t g = i / panels(group_out_), first = i % panels(group_out_) * kPanel;

@@ -72,12 +72,15 @@ class PartialMlp {
     tiles_ = (p.height + tile_rows_ - 1) / tile_rows_;
     tasks_ = (p.batch + tile_images_ - 1) / tile_images_ * tiles_;
     slots_ = least(threads, tasks_);
+    Arena packed(p.packed), &weights = p.packed ? packed : arena_;
+    conv_.take_weights(weights);
+    first_.take(weights);
+    second_.take(weights);
+    b2_ = weights.template take<A>(panels(p.channels) * kPanel);
+    packed_bytes_ = weights.used();
     conv_.take(arena_);
-    first_.take(arena_);
-    second_.take(arena_);
     gates_ = arena_.template take<A>(p.gate ? p.batch * kept() : 0);
     spatial_ = arena_.template take<A>(p.spatial_weight ? p.hidden : 0);
-    b2_ = arena_.template take<A>(panels(p.channels) * kPanel);
     packers_ = least(threads, panels(p.hidden) + panels(p.channels));
     pack_scratch_units_ = most(first_.scratch_units(), second_.scratch_units());
     pack_scratch_ = arena_.template take<Unit>(packers_ * pack_scratch_units_);
@@ -86,6 +89,31 @@ class PartialMlp {
   }
 
   size_t bytes() const { return size_t(arena_.used()); }
+  size_t packed_bytes() const { return size_t(packed_bytes_); }
+
+  // The weights in the order of the products.
+  void prepare_weights() const {
+    conv_.prepare_weights();
+    first_.prepare();
+    second_.prepare();
+    const int64_t count = panels(p_.hidden), all = count + panels(p_.channels);
+    const auto pack = [&](int64_t i, int64_t slot) {
+      Unit* scratch = pack_scratch_ + slot * pack_scratch_units_;
+      if (i < count) {
+        first_.pack(static_cast<const T*>(p_.w1), static_cast<const T*>(p_.b1), i, scratch);
+      } else {
+        second_.pack(static_cast<const T*>(p_.w2), static_cast<const T*>(nullptr), i - count, scratch);
+      }
+    };
+    constexpr int64_t kWorthThreads = 32768;
+    if (int64_t(p_.hidden) * p_.channels >= kWorthThreads) {
+      parallel_tasks(all, packers_, pack);
+    } else {
+      for (int64_t i = 0; i < all; ++i) pack(i, 0);
+    }
+    widen_all(p_.b2, p_.channels, b2_);
+    for (int64_t i = p_.channels; i < panels(p_.channels) * kPanel; ++i) b2_[i] = A(0);
+  }
 
   void run() const {
     prepare();
@@ -130,30 +158,13 @@ class PartialMlp {
 
   int64_t kept() const { return p_.channels - p_.convolved; }
 
+  static void widen_all(const void* from, int64_t n, A* to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = widen<A>(static_cast<const T*>(from)[i]);
+  }
+
   void prepare() const {
+    if (!p_.packed) prepare_weights();
     conv_.prepare();
-    first_.prepare();
-    second_.prepare();
-    const int64_t count = panels(p_.hidden), all = count + panels(p_.channels);
-    const auto pack = [&](int64_t i, int64_t slot) {
-      Unit* scratch = pack_scratch_ + slot * pack_scratch_units_;
-      if (i < count) {
-        first_.pack(static_cast<const T*>(p_.w1), static_cast<const T*>(p_.b1), i, scratch);
-      } else {
-        second_.pack(static_cast<const T*>(p_.w2), static_cast<const T*>(nullptr), i - count, scratch);
-      }
-    };
-    constexpr int64_t kWorthThreads = 32768;
-    if (int64_t(p_.hidden) * p_.channels >= kWorthThreads) {
-      parallel_tasks(all, packers_, pack);
-    } else {
-      for (int64_t i = 0; i < all; ++i) pack(i, 0);
-    }
-    const auto widen_all = [](const void* from, int64_t n, A* to) {
-      for (int64_t i = 0; i < n; ++i) to[i] = widen<A>(static_cast<const T*>(from)[i]);
-    };
-    widen_all(p_.b2, p_.channels, b2_);
-    for (int64_t i = p_.channels; i < panels(p_.channels) * kPanel; ++i) b2_[i] = A(0);
     if (p_.gate) widen_all(p_.gate, p_.batch * kept(), gates_);
     if (p_.spatial_weight) widen_all(p_.spatial_weight, p_.hidden, spatial_);
   }
@@ -244,7 +255,7 @@ class PartialMlp {
   Layer first_, second_;
   Arena arena_;
   int64_t tile_rows_ = 1, tile_images_ = 1, tiles_ = 1, tasks_ = 1, slots_ = 1, scratch_bytes_ = 0;
-  int64_t packers_ = 1, pack_scratch_units_ = 0;
+  int64_t packers_ = 1, pack_scratch_units_ = 0, packed_bytes_ = 0;
   A *gates_ = nullptr, *spatial_ = nullptr, *b2_ = nullptr;
   Unit* pack_scratch_ = nullptr;
   char* scratch_ = nullptr;
@@ -267,6 +278,14 @@ size_t partial_mlp_workspace(const PartialMlpParams& p) {
   return with_mlp(p, nullptr, [](const auto& mlp) { return mlp.bytes(); });
 }
 
+size_t partial_mlp_packed_bytes(const PartialMlpParams& p) {
+  return with_mlp(p, nullptr, [](const auto& mlp) { return mlp.packed_bytes(); });
+}
+
+void partial_mlp_pack(const PartialMlpParams& p) {
+  with_mlp(p, p.workspace, [](const auto& mlp) { mlp.prepare_weights(); });
+}
+
 void partial_mlp(const PartialMlpParams& p) {
   with_mlp(p, p.workspace, [](const auto& mlp) { mlp.run(); });
 }
@@ -274,4 +293,6 @@ void partial_mlp(const PartialMlpParams& p) {
 }  // namespace tranche::cpu::TRANCHE_ISA
 
 TRANCHE_CPU_ENTRY(size_t, partial_mlp_workspace, PartialMlpParams)
+TRANCHE_CPU_ENTRY(size_t, partial_mlp_packed_bytes, PartialMlpParams)
+TRANCHE_CPU_ENTRY(void, partial_mlp_pack, PartialMlpParams)
 TRANCHE_CPU_ENTRY(void, partial_mlp, PartialMlpParams)
