@@ -328,13 +328,27 @@ def _(ops: Any, device: str, dtype: torch.dtype) -> None:
     ops.conv2d_slice_weight_grad(normal(device, dtype, 2, 6, 7, 7), x, weight.shape, padding=[1, 1])
 
 
+@call("conv2d_pack", *FLOATS)
+def _(ops: Any, device: str, dtype: torch.dtype) -> None:
+    ops.conv2d_pack(convolution(device, dtype)[1])
+
+
+def mlp_weights(device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """conv_weight, w1, b1, w2, b2."""
+    w1, b1 = normal(device, dtype, 48, 24), normal(device, dtype, 48)
+    return convolution(device, dtype)[1], w1, b1, normal(device, dtype, 24, 48), normal(device, dtype, 24)
+
+
 @call("partial_mlp", *FLOATS)
 def _(ops: Any, device: str, dtype: torch.dtype) -> None:
-    x, weight = convolution(device, dtype)
-    w1, b1 = normal(device, dtype, 48, 24), normal(device, dtype, 48)
-    w2, b2 = normal(device, dtype, 24, 48), normal(device, dtype, 24)
+    x, _ = convolution(device, dtype)
     gates = normal(device, dtype, 2, 18), normal(device, dtype, 48), normal(device, dtype, 1)
-    ops.partial_mlp(x, weight, w1, b1, w2, b2, 1, *gates)
+    ops.partial_mlp(x, *mlp_weights(device, dtype), 1, *gates)
+
+
+@call("partial_mlp_pack", *FLOATS)
+def _(ops: Any, device: str, dtype: torch.dtype) -> None:
+    ops.partial_mlp_pack(*mlp_weights(device, dtype))
 
 
 @call("channel_stats", *FLOATS)

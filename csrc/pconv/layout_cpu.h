@@ -90,6 +90,8 @@ struct Pixels {
 template <class T, class X>
 static void load_pixels(const Pixels<const T>& from, int64_t pixels, int64_t channels, X* to, int64_t step) {
   if (from.channel == 1) {
+    const bool dense = from.pixel == channels && step == channels;
+    if (dense) channels *= pixels, pixels = 1;
     for (int64_t i = 0; i < pixels; ++i) load_row(from.data + i * from.pixel, to + i * step, channels);
     return;
   }
@@ -131,6 +133,8 @@ static void load_pixels(const Pixels<const T>& from, int64_t pixels, int64_t cha
 template <class T, class A>
 static void store_pixels(const A* from, int64_t step, int64_t pixels, int64_t channels, const Pixels<T>& to) {
   if (to.channel == 1) {
+    const bool dense = to.pixel == channels && step == channels;
+    if (dense) channels *= pixels, pixels = 1;
     for (int64_t i = 0; i < pixels; ++i) store_row(from + i * step, to.data + i * to.pixel, channels);
     return;
   }

@@ -1,7 +1,8 @@
-// tranche::partial_conv2d, partial_conv2d_ and conv2d_slice: schemas, checks, allocation.
+// tranche::partial_conv2d, partial_conv2d_, conv2d_slice and conv2d_pack: schemas, checks, allocation.
 #include "pconv/partial_conv2d.h"
 
 #include "core/torch_glue.h"
+#include "pconv/packed.h"
 
 namespace tranche {
 namespace {
@@ -24,22 +25,19 @@ void check_pair(const TensorChecks& check, Phrase name, const IntList& values, i
   }
 }
 
-void check_arguments(const TensorChecks& check, const Arguments& a) {
-  check.dim("x", a.x, 4, "[B, C, H, W]");
+// What is to be known of the weight alone; `like`, called `name`, has its dtype and device.
+void check_weight(const TensorChecks& check, const Arguments& a, Phrase name, const Tensor& like) {
 #if defined(TRANCHE_BACKEND_CPU)
-  check.dtype("x", a.x, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double});
+  check.dtype(name, like, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double});
 #else
-  check.dtype("x", a.x, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
+  check.dtype(name, like, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
 #endif
   check.dim("weight", a.weight, 4, "[c_out, c / groups, kh, kw]");
-  check.dtype("weight", a.weight, {a.x.scalar_type()});
-  check.same_device("weight", a.weight, "x", a.x);
-  for (int i = 1; i < 4; ++i) {
-    check.that(a.x.size(i) <= INT32_MAX && a.weight.size(i) <= INT32_MAX, "sizes below 2^31", "more",
-               "Cut the input in pieces.");
+  check.dtype("weight", a.weight, {like.scalar_type()});
+  check.same_device("weight", a.weight, name, like);
+  for (int i = 0; i < 4; ++i) {
+    check.that(a.weight.size(i) <= INT32_MAX, "sizes below 2^31", "more", "Cut the weight in pieces.");
   }
-  check.that(a.x.size(0) <= INT32_MAX && a.weight.size(0) <= INT32_MAX, "sizes below 2^31", "more",
-             "Cut the input in pieces.");
   check.that(a.weight.numel() > 0, "a weight with elements", shape_text(a.weight),
              "Give at least one channel.");
   check_pair(check, "stride", a.stride, 1);
@@ -48,13 +46,21 @@ void check_arguments(const TensorChecks& check, const Arguments& a) {
   check.that(a.groups > 0 && a.weight.size(0) % a.groups == 0,
              concat("groups >= 1 that divides weight.size(0) (", a.weight.size(0), ")"), a.groups,
              "Every group has as many output channels.");
+  if (a.bias) {
+    check.exactly("bias", *a.bias, like.scalar_type(), {a.weight.size(0)}, "[c_out]", name, like);
+  }
+}
+
+void check_arguments(const TensorChecks& check, const Arguments& a) {
+  check.dim("x", a.x, 4, "[B, C, H, W]");
+  for (int i = 0; i < 4; ++i) {
+    check.that(a.x.size(i) <= INT32_MAX, "sizes below 2^31", "more", "Cut the input in pieces.");
+  }
+  check_weight(check, a, "x", a.x);
   const int64_t width = a.weight.size(1) * a.groups;
   check.that(a.start >= 0 && a.start + width <= a.x.size(1),
              concat("start in [0, x.size(1) - c] = [0, ", a.x.size(1) - width, "]"), a.start,
              concat("The slice of c = groups * weight.size(1) = ", width, " channels must lie within x."));
-  if (a.bias) {
-    check.exactly("bias", *a.bias, a.x.scalar_type(), {a.weight.size(0)}, "[c_out]", "x", a.x);
-  }
 }
 
 int64_t output_size(const TensorChecks& check, const Arguments& a, int i) {
@@ -78,11 +84,27 @@ void check_same_shape(const TensorChecks& check, const Arguments& a) {
   }
 }
 
-PartialConv2dParams make_params(const Arguments& a, const Tensor& weight, const Tensor& y) {
+// What the kernels know of the weight.
+PartialConv2dParams weight_params(const Arguments& a, const Tensor& weight) {
   PartialConv2dParams p{};
-  p.x = a.x.const_data_ptr();
   p.weight = weight.const_data_ptr();
   p.bias = a.bias ? a.bias->const_data_ptr() : nullptr;
+  p.c_in = int32_t(a.weight.size(1) * a.groups);
+  p.c_out = int32_t(a.weight.size(0));
+  p.groups = int32_t(a.groups);
+  for (int i = 0; i < 2; ++i) {
+    p.kernel[i] = int32_t(a.weight.size(2 + i));
+    p.stride[i] = int32_t(a.stride[size_t(i)]);
+    p.padding[i] = int32_t(a.padding[size_t(i)]);
+    p.dilation[i] = int32_t(a.dilation[size_t(i)]);
+  }
+  p.type = dtype_of_tensor(weight);
+  return p;
+}
+
+PartialConv2dParams make_params(const Arguments& a, const Tensor& weight, const Tensor& y) {
+  PartialConv2dParams p = weight_params(a, weight);
+  p.x = a.x.const_data_ptr();
   for (int i = 0; i < 4; ++i) {
     p.x_stride[i] = a.x.stride(i);
     p.y_stride[i] = y.stride(i);
@@ -94,16 +116,6 @@ PartialConv2dParams make_params(const Arguments& a, const Tensor& weight, const 
   p.out_height = y.size(2);
   p.out_width = y.size(3);
   p.start = int32_t(a.start);
-  p.c_in = int32_t(a.weight.size(1) * a.groups);
-  p.c_out = int32_t(a.weight.size(0));
-  p.groups = int32_t(a.groups);
-  for (int i = 0; i < 2; ++i) {
-    p.kernel[i] = int32_t(a.weight.size(2 + i));
-    p.stride[i] = int32_t(a.stride[size_t(i)]);
-    p.padding[i] = int32_t(a.padding[size_t(i)]);
-    p.dilation[i] = int32_t(a.dilation[size_t(i)]);
-  }
-  p.type = dtype_of_tensor(a.x);
   return p;
 }
 
@@ -123,12 +135,12 @@ Tensor partial_conv2d(const Tensor& x, const Tensor& weight, const std::optional
   check_same_shape(check, a);
   Tensor y = torch::stable::empty_like(x);
   if (y.numel() == 0) return y;
-  const Tensor packed = torch::stable::contiguous(weight);
-  PartialConv2dParams params = make_params(a, packed, y);
+  const Tensor dense = torch::stable::contiguous(weight);
+  PartialConv2dParams params = make_params(a, dense, y);
   params.y = y.mutable_data_ptr();
   params.y_start = int32_t(start);
   params.copies = true;
-  run(params, a, packed, y);
+  run(params, a, dense, y);
   return y;
 }
 
@@ -174,16 +186,23 @@ void partial_conv2d_(Tensor x, const Tensor& weight, const std::optional<Tensor>
   check_no_overlap(check, x);
   check_apart(check, "weight", weight, x);
   if (bias) check_apart(check, "bias", *bias, x);
-  const Tensor packed = torch::stable::contiguous(weight);
-  PartialConv2dParams params = make_params(a, packed, x);
+  const Tensor dense = torch::stable::contiguous(weight);
+  PartialConv2dParams params = make_params(a, dense, x);
   params.y = x.mutable_data_ptr();
   params.y_start = int32_t(start);
   params.in_place = true;
-  run(params, a, packed, x);
+  run(params, a, dense, x);
+}
+
+Packing packing_of(const TensorChecks& check, const Arguments& a) {
+  return Packing(check, "conv2d_pack", a.weight,
+                 {a.weight.size(0), a.weight.size(1), a.weight.size(2), a.weight.size(3), a.groups,
+                  a.stride[0], a.stride[1], a.dilation[0], a.dilation[1]});
 }
 
 Tensor conv2d_slice(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, IntList stride,
-                    IntList padding, IntList dilation, int64_t groups, int64_t start) {
+                    IntList padding, IntList dilation, int64_t groups, int64_t start,
+                    const std::optional<Tensor>& packed) {
   const TensorChecks check("conv2d_slice");
   const Arguments a{x, weight, bias, stride, padding, dilation, groups, start};
   check_arguments(check, a);
@@ -195,12 +214,35 @@ Tensor conv2d_slice(const Tensor& x, const Tensor& weight, const std::optional<T
                            empty_on(x, {x.size(0), height, width, weight.size(0)}, x.scalar_type()), 2, 3),
                        1, 2)
                  : empty_on(x, {x.size(0), weight.size(0), height, width}, x.scalar_type());
+  const Tensor dense = torch::stable::contiguous(weight);
+  PartialConv2dParams params = make_params(a, dense, y);
+  params.packed = packing_of(check, a).checked(packed);
   if (y.numel() == 0) return y;
-  const Tensor packed = torch::stable::contiguous(weight);
-  PartialConv2dParams params = make_params(a, packed, y);
   params.y = y.mutable_data_ptr();
-  run(params, a, packed, y);
+  run(params, a, dense, y);
   return y;
+}
+
+Tensor conv2d_pack(const Tensor& weight, const std::optional<Tensor>& bias, IntList stride, IntList dilation,
+                   int64_t groups) {
+  const TensorChecks check("conv2d_pack");
+  const IntList padding{0, 0};
+  const Arguments a{weight, weight, bias, stride, padding, dilation, groups, 0};
+  check_weight(check, a, "weight", weight);
+#if defined(TRANCHE_BACKEND_CPU)
+  const Tensor dense = torch::stable::contiguous(weight);
+  PartialConv2dParams p = weight_params(a, dense);
+  p.batch = 1;
+  p.height = p.width = p.out_height = p.out_width = 1;  // any image serves
+  const Tensor packed = packing_of(check, a).make(int64_t(KERNEL(partial_conv2d_packed_bytes)(p)));
+  const Tensor workspace = empty_on(weight, {int64_t(KERNEL(partial_conv2d_workspace)(p))}, ScalarType::Byte);
+  p.workspace = workspace.mutable_data_ptr();
+  p.packed = Packing::weights(packed);
+  KERNEL(partial_conv2d_pack)(p);
+  return packed;
+#else
+  return empty_on(weight, {0}, ScalarType::Byte);
+#endif
 }
 
 #define TRANCHE_CONV_ARGUMENTS                                                            \
@@ -209,7 +251,10 @@ Tensor conv2d_slice(const Tensor& x, const Tensor& weight, const std::optional<T
 
 REGISTER_OP(partial_conv2d, "(Tensor x, " TRANCHE_CONV_ARGUMENTS ") -> Tensor")
 REGISTER_OP(partial_conv2d_, "(Tensor(a!) x, " TRANCHE_CONV_ARGUMENTS ") -> ()")
-REGISTER_OP(conv2d_slice, "(Tensor x, " TRANCHE_CONV_ARGUMENTS ") -> Tensor")
+REGISTER_OP(conv2d_slice, "(Tensor x, " TRANCHE_CONV_ARGUMENTS ", Tensor? packed=None) -> Tensor")
+REGISTER_OP(conv2d_pack,
+            "(Tensor weight, Tensor? bias=None, SymInt[2] stride=[1, 1], SymInt[2] dilation=[1, 1], "
+            "SymInt groups=1) -> Tensor")
 
 }  // namespace
 }  // namespace tranche

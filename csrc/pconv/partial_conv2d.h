@@ -19,6 +19,7 @@ struct PartialConv2dParams {
   const void* bias;    // [c_out] or null
   void* y;             // [B, C or c_out, H', W'] out; x itself when in_place
   void* workspace;     // partial_conv2d_workspace(params) bytes
+  void* packed;        // weight and bias as partial_conv2d_pack put them in order, or null: CPU only
 
   int64_t x_stride[4], y_stride[4];
   int64_t height, width, out_height, out_width;
@@ -33,6 +34,9 @@ struct PartialConv2dParams {
 namespace cpu {
 size_t partial_conv2d_workspace(const PartialConv2dParams&);
 void partial_conv2d(const PartialConv2dParams&);
+// Fills params.packed, of so many bytes, which serves images of any size.
+size_t partial_conv2d_packed_bytes(const PartialConv2dParams&);
+void partial_conv2d_pack(const PartialConv2dParams&);
 }  // namespace cpu
 
 namespace cuda {

@@ -33,6 +33,9 @@ class PartialConvolution {
     }
     tasks_ = (p.out_height + task_rows_ - 1) / task_rows_;
     slots_ = least(threads, p.batch * tasks_);
+    Arena packed(p.packed), &weights = p.packed ? packed : arena_;
+    conv_.take_weights(weights);
+    packed_bytes_ = weights.used();
     conv_.take(arena_);
     const int64_t rows = packs_first_ ? p.batch * conv_.packed_rows() : conv_.input_rows(task_rows_);
     plane_ = conv_.plane_units(rows);
@@ -42,9 +45,12 @@ class PartialConvolution {
   }
 
   size_t bytes() const { return size_t(arena_.used()); }
+  size_t packed_bytes() const { return size_t(packed_bytes_); }
+  void prepare_weights() const { conv_.prepare_weights(); }
 
   void run() const {
     conv_.prepare();
+    if (!p_.packed) prepare_weights();
     const int64_t height = conv_.packed_rows();
     if (packs_first_) {
       parallel_for(p_.batch * height,
@@ -120,7 +126,7 @@ class PartialConvolution {
   Convolution conv_;
   Arena arena_;
   bool packs_first_ = false;
-  int64_t task_rows_ = 1, tasks_ = 1, slots_ = 1, packed_step_ = 0, plane_ = 0;
+  int64_t task_rows_ = 1, tasks_ = 1, slots_ = 1, packed_step_ = 0, plane_ = 0, packed_bytes_ = 0;
   Unit* packed_ = nullptr;
   A* sums_ = nullptr;
 };
@@ -149,6 +155,14 @@ size_t partial_conv2d_workspace(const PartialConv2dParams& p) {
   return with_convolution(p, nullptr, [](const auto& convolution) { return convolution.bytes(); });
 }
 
+size_t partial_conv2d_packed_bytes(const PartialConv2dParams& p) {
+  return with_convolution(p, nullptr, [](const auto& convolution) { return convolution.packed_bytes(); });
+}
+
+void partial_conv2d_pack(const PartialConv2dParams& p) {
+  with_convolution(p, p.workspace, [](const auto& convolution) { convolution.prepare_weights(); });
+}
+
 void partial_conv2d(const PartialConv2dParams& p) {
   with_convolution(p, p.workspace, [](const auto& convolution) { convolution.run(); });
 }
@@ -156,4 +170,6 @@ void partial_conv2d(const PartialConv2dParams& p) {
 }  // namespace tranche::cpu::TRANCHE_ISA
 
 TRANCHE_CPU_ENTRY(size_t, partial_conv2d_workspace, PartialConv2dParams)
+TRANCHE_CPU_ENTRY(size_t, partial_conv2d_packed_bytes, PartialConv2dParams)
+TRANCHE_CPU_ENTRY(void, partial_conv2d_pack, PartialConv2dParams)
 TRANCHE_CPU_ENTRY(void, partial_conv2d, PartialConv2dParams)

@@ -31,6 +31,7 @@ class SliceConvolution {
         group_out_(p.c_out / groups_),
         depth_(depthwise_ ? 1 : units<K>(group_in_)),
         taps_(int64_t(p.kernel[0]) * p.kernel[1]),
+        merged_(taps_of_segment(p, depth_)),
         pixel_(units<K>(group_in_) * groups_),
         packed_width_(p.width + 2 * int64_t(p.padding[1])) {
     // A pass makes about as many pixels as let its results stay in the first-level cache.
@@ -38,19 +39,24 @@ class SliceConvolution {
     pass_rows_ = most<int64_t>(1, least(p.out_height, kPassPixels / most<int64_t>(1, p.out_width)));
   }
 
-  // What all threads share.
-  void take(Arena& arena) {
-    offsets_ = arena.take<int64_t>(taps_);
+  // What all threads share: of the weights, which may outlive a call and know nothing of an image, and the
+  // rest.
+  void take_weights(Arena& arena) {
     weights_ = arena.take<Unit>(groups_ * panels(group_out_) * panel_units());
     biases_ = arena.take<A>(groups_ * panels(group_out_) * kPanel);
   }
+  void take(Arena& arena) { offsets_ = arena.take<int64_t>(segments()); }
 
-  // The weights of all groups as panels, and where each tap finds its pixel.
+  // Where each segment begins in the window of an output.
   void prepare() const {
-    for (int64_t k = 0; k < taps_; ++k) {
-      const int64_t ky = k / p_.kernel[1], kx = k % p_.kernel[1];
-      offsets_[k] = (ky * p_.dilation[0] * packed_width_ + kx * p_.dilation[1]) * pixel_;
+    for (int64_t s = 0; s < segments(); ++s) {
+      const int64_t ky = s * merged_ / p_.kernel[1], kx = s * merged_ % p_.kernel[1];
+      offsets_[s] = (ky * p_.dilation[0] * packed_width_ + kx * p_.dilation[1]) * pixel_;
     }
+  }
+
+  // The weights of all groups as panels.
+  void prepare_weights() const {
     const int64_t count = groups_ * panels(group_out_);
     const auto pack = [&](int64_t i) {
       const int64_t g = i / panels(group_out_), first = i % panels(group_out_) * kPanel;
@@ -113,11 +119,15 @@ class SliceConvolution {
     a.step = p_.stride[1] * pixel_;
     a.run_step = p_.stride[0] * row_units();
     a.offset = offsets_;
-    a.segments = taps_;
-    a.depth = depth_;
+    a.segments = segments();
+    a.depth = merged_ * depth_;
     a.out = sums;
     a.runs = rows;
     a.pixels = p_.out_width;
+    if (a.run_step == a.pixels * a.step) {  // rows that follow one another are one run
+      a.pixels *= rows;
+      a.runs = 1;
+    }
     a.fetch_ahead = groups_ * panels(group_out_) * panel_units() * int64_t(sizeof(Unit)) > kSecondLevel;
     for (int64_t g = 0; g < groups_; ++g) {
       for (int64_t first = 0; first < group_out_; first += kPanel) {
@@ -141,6 +151,15 @@ class SliceConvolution {
   static constexpr int64_t kOverRead = 64;  // units: the last vector of a pixel, where channels are lanes
 
   int64_t panel_units() const { return taps_ * depth_ * kPanel; }
+
+  int64_t segments() const { return taps_ / merged_; }
+
+  // A segment of the product is a tap, or where channels are few the taps of a kernel's row, which lie side
+  // by side. The order of the sums is the same.
+  static int64_t taps_of_segment(const PartialConv2dParams& p, int64_t depth) {
+    constexpr int64_t kShort = 128;
+    return p.groups == 1 && p.dilation[1] == 1 && p.kernel[1] * depth <= kShort ? p.kernel[1] : 1;
+  }
 
   void pack_row(const T* x, Unit* packed) const {
     X* to = reinterpret_cast<X*>(packed);
@@ -188,7 +207,7 @@ class SliceConvolution {
 
   const PartialConv2dParams& p_;
   const bool depthwise_;
-  const int64_t groups_, group_in_, group_out_, depth_, taps_, pixel_, packed_width_;
+  const int64_t groups_, group_in_, group_out_, depth_, taps_, merged_, pixel_, packed_width_;
   int64_t pass_rows_ = 1;
   int64_t* offsets_ = nullptr;
   Unit* weights_ = nullptr;

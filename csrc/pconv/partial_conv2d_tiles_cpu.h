@@ -41,10 +41,12 @@ class TileConvolution {
     return product * steps.count() <= int64_t(p.kernel[0]) * p.kernel[1] * p.c_in;
   }
 
-  void take(Arena& arena) {
-    offsets_ = arena.take<int64_t>(steps_.count());
+  void take_weights(Arena& arena) {
     weights_ = arena.take<Unit>(panels(p_.c_out) * panel_units());
     biases_ = arena.take<A>(panels(p_.c_out) * kPanel);
+  }
+  void take(Arena& arena) {
+    offsets_ = arena.take<int64_t>(steps_.count());
     slots_ = least<int64_t>(num_threads(), panels(p_.c_out));
     scratch_ = arena.take<Unit>(slots_ * scratch_units());
   }
@@ -56,6 +58,9 @@ class TileConvolution {
                                           : s * p_.dilation[0] * row_units();
       for (int64_t i = 0; i < steps_.group; ++i) offsets_[s * steps_.group + i] = segment + steps_.begin(i);
     }
+  }
+
+  void prepare_weights() const {
     const T* bias = static_cast<const T*>(p_.bias);
     for (int64_t o = 0; o < panels(p_.c_out) * kPanel; ++o) {
       biases_[o] = bias && o < p_.c_out ? widen<A>(bias[o]) : A(0);

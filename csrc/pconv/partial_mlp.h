@@ -28,6 +28,7 @@ struct PartialMlpParams {
   const void* spatial_bias;    // [1] or null
   void* y;                     // [B, C, H, W] out
   void* workspace;             // partial_mlp_workspace(params) bytes
+  void* packed;                // weights as partial_mlp_pack put them in order, or null: CPU only
 
   int64_t x_stride[4], y_stride[4];
   int64_t height, width;
@@ -60,6 +61,9 @@ static inline PartialConv2dParams convolution_of(const PartialMlpParams& p) {
 namespace cpu {
 size_t partial_mlp_workspace(const PartialMlpParams&);
 void partial_mlp(const PartialMlpParams&);
+// Fills params.packed, of so many bytes, which serves images of any size.
+size_t partial_mlp_packed_bytes(const PartialMlpParams&);
+void partial_mlp_pack(const PartialMlpParams&);
 }  // namespace cpu
 
 namespace cuda {

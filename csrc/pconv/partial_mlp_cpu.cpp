@@ -1,4 +1,6 @@
-// partial_mlp on the CPU: some rows of an image go through the whole block while they are in the cache.
+// partial_mlp on the CPU: some rows of an image go through the whole block while they are in the cache. Where
+// all pixels are no more than that and weights are many, threads share the outputs of a layer instead: each
+// weight is read by one of them, once.
 #include <cstring>
 #include <initializer_list>
 
@@ -61,23 +63,29 @@ class PartialMlp {
         arena_(memory) {
     // A tile is some rows of an image, or several small images: so many pixels that weights are worth
     // reading, and no more than the second-level cache can hold of u and h.
-    constexpr int64_t kMostPixels = 224, kTileBytes = 2 << 20;
+    constexpr int64_t kMostPixels = 224, kTileBytes = 2 << 20, kWeightsOfPixel = 4096;
     const int64_t threads = num_threads(), image = p.height * p.width;
     const int64_t pixel_bytes = first_.pixel_bytes() + second_.pixel_bytes();
     const int64_t pixels = least(kMostPixels, most<int64_t>(1, kTileBytes / pixel_bytes));
-    const int64_t wanted = (2 * threads + p.batch - 1) / p.batch;  // tiles of an image
-    tile_rows_ = least(conv_.pass_rows(), most<int64_t>(1, pixels / p.width));
-    tile_rows_ = most<int64_t>(1, least(tile_rows_, p.height / wanted));
+    by_layer_ = p.batch * image <= least(pixels, int64_t(p.hidden) * p.channels / kWeightsOfPixel);
+    const int64_t wanted = (threads + p.batch - 1) / p.batch;  // tiles of an image, or a multiple of that
+    const int64_t most_rows = least(conv_.pass_rows(), most<int64_t>(1, pixels / p.width));
+    const int64_t tiles = round_up((p.height + most_rows - 1) / most_rows, wanted);
+    tile_rows_ = (p.height + tiles - 1) / tiles;
     tile_images_ = tile_rows_ < p.height ? 1 : most<int64_t>(1, least(pixels / image, p.batch / threads));
+    if (by_layer_) tile_rows_ = p.height, tile_images_ = p.batch;
     tiles_ = (p.height + tile_rows_ - 1) / tile_rows_;
     tasks_ = (p.batch + tile_images_ - 1) / tile_images_ * tiles_;
-    slots_ = least(threads, tasks_);
+    slots_ = by_layer_ ? threads : least(threads, tasks_);
+    Arena packed(p.packed), &weights = p.packed ? packed : arena_;
+    conv_.take_weights(weights);
+    first_.take(weights);
+    second_.take(weights);
+    b2_ = weights.template take<A>(panels(p.channels) * kPanel);
+    packed_bytes_ = weights.used();
     conv_.take(arena_);
-    first_.take(arena_);
-    second_.take(arena_);
     gates_ = arena_.template take<A>(p.gate ? p.batch * kept() : 0);
     spatial_ = arena_.template take<A>(p.spatial_weight ? p.hidden : 0);
-    b2_ = arena_.template take<A>(panels(p.channels) * kPanel);
     packers_ = least(threads, panels(p.hidden) + panels(p.channels));
     pack_scratch_units_ = most(first_.scratch_units(), second_.scratch_units());
     pack_scratch_ = arena_.template take<Unit>(packers_ * pack_scratch_units_);
@@ -86,17 +94,34 @@ class PartialMlp {
   }
 
   size_t bytes() const { return size_t(arena_.used()); }
+  size_t packed_bytes() const { return size_t(packed_bytes_); }
+
+  // The weights in the order of the products.
+  void prepare_weights() const {
+    conv_.prepare_weights();
+    first_.prepare();
+    second_.prepare();
+    const int64_t count = panels(p_.hidden), all = count + panels(p_.channels);
+    const auto pack = [&](int64_t i, int64_t slot) {
+      Unit* scratch = pack_scratch_ + slot * pack_scratch_units_;
+      if (i < count) {
+        first_.pack(static_cast<const T*>(p_.w1), static_cast<const T*>(p_.b1), i, scratch);
+      } else {
+        second_.pack(static_cast<const T*>(p_.w2), static_cast<const T*>(nullptr), i - count, scratch);
+      }
+    };
+    if (int64_t(p_.hidden) * p_.channels >= kWorthThreads) {
+      parallel_tasks(all, packers_, pack);
+    } else {
+      for (int64_t i = 0; i < all; ++i) pack(i, 0);
+    }
+    widen_all(p_.b2, p_.channels, b2_);
+    for (int64_t i = p_.channels; i < panels(p_.channels) * kPanel; ++i) b2_[i] = A(0);
+  }
 
   void run() const {
     prepare();
-    parallel_tasks(tasks_, slots_, [&](int64_t task, int64_t slot) {
-      Tile tile;
-      tile.b = task / tiles_ * tile_images_;
-      tile.images = least(tile_images_, p_.batch - tile.b);
-      tile.row = task % tiles_ * tile_rows_;
-      tile.rows = least(tile_rows_, p_.height - tile.row);
-      run(tile, Scratch(*this, scratch_ + slot * scratch_bytes_));
-    });
+    by_layer_ ? run_by_layer() : run_by_tile();
   }
 
  private:
@@ -128,89 +153,121 @@ class PartialMlp {
     }
   };
 
+  static constexpr int64_t kWorthThreads = 32768;  // weights of a layer
+
   int64_t kept() const { return p_.channels - p_.convolved; }
 
+  static void widen_all(const void* from, int64_t n, A* to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = widen<A>(static_cast<const T*>(from)[i]);
+  }
+
   void prepare() const {
+    if (!p_.packed) prepare_weights();
     conv_.prepare();
-    first_.prepare();
-    second_.prepare();
-    const int64_t count = panels(p_.hidden), all = count + panels(p_.channels);
-    const auto pack = [&](int64_t i, int64_t slot) {
-      Unit* scratch = pack_scratch_ + slot * pack_scratch_units_;
-      if (i < count) {
-        first_.pack(static_cast<const T*>(p_.w1), static_cast<const T*>(p_.b1), i, scratch);
-      } else {
-        second_.pack(static_cast<const T*>(p_.w2), static_cast<const T*>(nullptr), i - count, scratch);
-      }
-    };
-    constexpr int64_t kWorthThreads = 32768;
-    if (int64_t(p_.hidden) * p_.channels >= kWorthThreads) {
-      parallel_tasks(all, packers_, pack);
-    } else {
-      for (int64_t i = 0; i < all; ++i) pack(i, 0);
-    }
-    const auto widen_all = [](const void* from, int64_t n, A* to) {
-      for (int64_t i = 0; i < n; ++i) to[i] = widen<A>(static_cast<const T*>(from)[i]);
-    };
-    widen_all(p_.b2, p_.channels, b2_);
-    for (int64_t i = p_.channels; i < panels(p_.channels) * kPanel; ++i) b2_[i] = A(0);
     if (p_.gate) widen_all(p_.gate, p_.batch * kept(), gates_);
     if (p_.spatial_weight) widen_all(p_.spatial_weight, p_.hidden, spatial_);
   }
 
-  void run(const Tile& tile, const Scratch& s) const {
-    const int64_t image_pixels = tile.rows * p_.width, pixels = tile.images * image_pixels;
+  Scratch scratch(int64_t slot) const { return Scratch(*this, scratch_ + slot * scratch_bytes_); }
+
+  void run_by_tile() const {
+    parallel_tasks(tasks_, slots_, [&](int64_t task, int64_t slot) {
+      Tile tile;
+      tile.b = task / tiles_ * tile_images_;
+      tile.images = least(tile_images_, p_.batch - tile.b);
+      tile.row = task % tiles_ * tile_rows_;
+      tile.rows = least(tile_rows_, p_.height - tile.row);
+      const Scratch s = scratch(slot);
+      const int64_t image_pixels = tile.rows * p_.width, pixels = tile.images * image_pixels;
+      clear_beyond(pixels, s);
+      for (int64_t i = 0; i < tile.images; ++i) {
+        mix(tile.b + i, tile.row, tile.rows, i * image_pixels, s.u, s);
+      }
+      const typename Math::Session session;
+      for (int64_t panel = 0; panel < panels(p_.hidden); ++panel) hidden(pixels, panel, s, s.sums);
+      if (p_.spatial_weight) scores(0, pixels, s);
+      for (int64_t panel = 0; panel < panels(p_.channels); ++panel) outputs(tile, panel, s, s);
+    });
+  }
+
+  // u and h of all pixels are the first worker's.
+  void run_by_layer() const {
+    const Scratch all = scratch(0);
+    const Tile tile{0, p_.batch, 0, p_.height};
+    const int64_t lines = p_.batch * p_.height, pixels = lines * p_.width;
+    clear_beyond(pixels, all);
+    const int64_t rows = (p_.height + slots_ - 1) / slots_, parts = (p_.height + rows - 1) / rows;
+    parallel_tasks(p_.batch * parts, slots_, [&](int64_t task, int64_t slot) {
+      const int64_t b = task / parts, row = task % parts * rows;
+      const int64_t at = (b * p_.height + row) * p_.width;
+      mix(b, row, least(rows, p_.height - row), at, all.u, scratch(slot));
+    });
+    parallel_shares(panels(p_.hidden), slots_, [&](int64_t begin, int64_t end, int64_t slot) {
+      const typename Math::Session session;
+      A* sums = scratch(slot).sums;
+      for (int64_t panel = begin; panel < end; ++panel) hidden(pixels, panel, all, sums);
+    });
+    if (p_.spatial_weight) {
+      parallel_tasks(lines, slots_, [&](int64_t line, int64_t) { scores(line * p_.width, p_.width, all); });
+    }
+    parallel_shares(panels(p_.channels), slots_, [&](int64_t begin, int64_t end, int64_t slot) {
+      const typename Math::Session session;
+      for (int64_t panel = begin; panel < end; ++panel) outputs(tile, panel, all, scratch(slot));
+    });
+  }
+
+  void clear_beyond(int64_t pixels, const Scratch& s) const {
     s.u.clear_beyond(pixels, p_.channels);
     s.h.clear_beyond(pixels, p_.hidden);
-    for (int64_t i = 0; i < tile.images; ++i) {
-      mix(tile.b + i, tile.row, tile.rows, i * image_pixels, s);
-    }
-    const typename Math::Session session;
-    for (int64_t panel = 0; panel < panels(p_.hidden); ++panel) {
-      first_.panel(s.u, pixels, panel, s.sums);
-      const int64_t first = panel * kPanel, n = least(kPanel, p_.hidden - first);
-      p_.activation == Activation::relu ? s.h.template activate<Activation::relu>(s.sums, pixels, first, n)
-                                        : s.h.template activate<Activation::gelu>(s.sums, pixels, first, n);
-    }
-    if (p_.spatial_weight) scores(pixels, s.h, s.scale);
-    for (int64_t panel = 0; panel < panels(p_.channels); ++panel) {
-      second_.panel(s.h, pixels, panel, s.sums);
-      for (int64_t i = 0; i < tile.images * tile.rows; ++i) {
-        finish(tile.b + i / tile.rows, tile.row + i % tile.rows, panel * kPanel,
-               s.sums + i * p_.width * kPanel, s.scale + i * p_.width, s.residual);
-      }
+  }
+
+  // A panel of h.
+  void hidden(int64_t pixels, int64_t panel, const Scratch& s, A* sums) const {
+    first_.panel(s.u, pixels, panel, sums);
+    const int64_t first = panel * kPanel, n = least(kPanel, p_.hidden - first);
+    p_.activation == Activation::relu ? s.h.template activate<Activation::relu>(sums, pixels, first, n)
+                                      : s.h.template activate<Activation::gelu>(sums, pixels, first, n);
+  }
+
+  // A panel of y, from h and scale in `s`, by way of what is in `own`.
+  void outputs(const Tile& tile, int64_t panel, const Scratch& s, const Scratch& own) const {
+    second_.panel(s.h, tile.images * tile.rows * p_.width, panel, own.sums);
+    for (int64_t i = 0; i < tile.images * tile.rows; ++i) {
+      finish(tile.b + i / tile.rows, tile.row + i % tile.rows, panel * kPanel,
+             own.sums + i * p_.width * kPanel, s.scale + i * p_.width, own.residual);
     }
   }
 
-  // The first layer's input from pixel `at` on: the convolved channels, then the others, gated.
-  void mix(int64_t b, int64_t first, int64_t rows, int64_t at, const Scratch& s) const {
+  // u, the first layer's input, from pixel `at` on: the convolved channels, then the others, gated.
+  void mix(int64_t b, int64_t first, int64_t rows, int64_t at, const Rows& u, const Scratch& s) const {
     const int64_t width = p_.width;
     const T* x = static_cast<const T*>(p_.x) + b * p_.x_stride[0] + first * p_.x_stride[2];
     for (int64_t r = 0; r < rows; ++r) {
       const T* row = x + r * p_.x_stride[2] + p_.convolved * p_.x_stride[1];
-      s.u.load(Pixels<const T>{row, p_.x_stride[1], p_.x_stride[3]}, at + r * width, width, p_.convolved,
-               kept(), p_.gate ? gates_ + b * kept() : nullptr);
+      u.load(Pixels<const T>{row, p_.x_stride[1], p_.x_stride[3]}, at + r * width, width, p_.convolved,
+             kept(), p_.gate ? gates_ + b * kept() : nullptr);
     }
     conv_.pack(b, conv_.first_row(first), conv_.input_rows(rows), s.packed, s.plane, 0);
     conv_.compute(rows, s.packed, s.plane, s.sums, [&](int64_t channel, int64_t channels, const A* sums) {
       for (int64_t r = 0; r < rows; ++r) {
-        s.u.store(sums + r * conv_.pitch() * kPanel, at + r * width, width, channel, channels);
+        u.store(sums + r * conv_.pitch() * kPanel, at + r * width, width, channel, channels);
       }
     });
   }
 
-  void scores(int64_t pixels, const Rows& h, A* scale) const {
+  // The spatial gate of pixels [first, first + count).
+  void scores(int64_t first, int64_t count, const Scratch& s) const {
     const A bias = p_.spatial_bias ? widen<A>(*static_cast<const T*>(p_.spatial_bias)) : A(0);
-    for (int64_t i = 0; i < pixels; ++i) {
+    for (int64_t i = first; i < first + count; ++i) {
       A lanes[16] = {};
       for (int64_t m = 0; m < p_.hidden; m += 16) {
         const int64_t live = least<int64_t>(16, p_.hidden - m);
-        for (int64_t j = 0; j < live; ++j) lanes[j] += h.value(i, m + j) * spatial_[m + j];
+        for (int64_t j = 0; j < live; ++j) lanes[j] += s.h.value(i, m + j) * spatial_[m + j];
       }
       for (int half = 8; half > 0; half /= 2) {
         for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
       }
-      scale[i] = hardsigmoid(lanes[0] + bias);
+      s.scale[i] = hardsigmoid(lanes[0] + bias);
     }
   }
 
@@ -243,8 +300,9 @@ class PartialMlp {
   typename Math::Convolution conv_;
   Layer first_, second_;
   Arena arena_;
+  bool by_layer_ = false;
   int64_t tile_rows_ = 1, tile_images_ = 1, tiles_ = 1, tasks_ = 1, slots_ = 1, scratch_bytes_ = 0;
-  int64_t packers_ = 1, pack_scratch_units_ = 0;
+  int64_t packers_ = 1, pack_scratch_units_ = 0, packed_bytes_ = 0;
   A *gates_ = nullptr, *spatial_ = nullptr, *b2_ = nullptr;
   Unit* pack_scratch_ = nullptr;
   char* scratch_ = nullptr;
@@ -267,6 +325,14 @@ size_t partial_mlp_workspace(const PartialMlpParams& p) {
   return with_mlp(p, nullptr, [](const auto& mlp) { return mlp.bytes(); });
 }
 
+size_t partial_mlp_packed_bytes(const PartialMlpParams& p) {
+  return with_mlp(p, nullptr, [](const auto& mlp) { return mlp.packed_bytes(); });
+}
+
+void partial_mlp_pack(const PartialMlpParams& p) {
+  with_mlp(p, p.workspace, [](const auto& mlp) { mlp.prepare_weights(); });
+}
+
 void partial_mlp(const PartialMlpParams& p) {
   with_mlp(p, p.workspace, [](const auto& mlp) { mlp.run(); });
 }
@@ -274,4 +340,6 @@ void partial_mlp(const PartialMlpParams& p) {
 }  // namespace tranche::cpu::TRANCHE_ISA
 
 TRANCHE_CPU_ENTRY(size_t, partial_mlp_workspace, PartialMlpParams)
+TRANCHE_CPU_ENTRY(size_t, partial_mlp_packed_bytes, PartialMlpParams)
+TRANCHE_CPU_ENTRY(void, partial_mlp_pack, PartialMlpParams)
 TRANCHE_CPU_ENTRY(void, partial_mlp, PartialMlpParams)

@@ -152,6 +152,24 @@ def test_wide(dtype):
     assert_correct(block, block.run())
 
 
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+def test_few_pixels_and_many_weights(dtype):
+    """Threads share outputs instead of pixels: the bits are those of a batch, whatever the threads."""
+    block = make_block(
+        batch=32, channels=250, width=40, hidden=520, size=(3, 4), dtype=dtype, gated=True, spatial=True
+    )
+    assert_correct(block, block.run())
+    few = block.mapped(lambda t: t)
+    few.tensors["x"], few.tensors["gate"] = block.tensors["x"][3:5], block.tensors["gate"][3:5]
+    threads, want = torch.get_num_threads(), block.run()[3:5]
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert same_bits(few.run(), want)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_fp64():
     for options in BLOCKS.values():
         block = make_block(dtype=torch.float64, **options)

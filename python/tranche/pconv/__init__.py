@@ -12,11 +12,13 @@ from tranche.pconv.fold import fold
 from tranche.pconv.modules import PartialConv, replace_partial_convs
 from tranche.pconv.ops import (
     channel_stats,
+    conv2d_pack,
     conv2d_slice,
     conv2d_slice_weight_grad,
     partial_conv2d,
     partial_conv2d_,
     partial_mlp,
+    partial_mlp_pack,
 )
 from tranche.pconv.partialnet import (
     PartialBlock,
@@ -38,6 +40,7 @@ __all__ = [
     "PartialConv",
     "PartialNet",
     "channel_stats",
+    "conv2d_pack",
     "conv2d_slice",
     "conv2d_slice_weight_grad",
     "export_onnx",
@@ -47,6 +50,7 @@ __all__ = [
     "partial_conv2d",
     "partial_conv2d_",
     "partial_mlp",
+    "partial_mlp_pack",
     "partialnet_l",
     "partialnet_m",
     "partialnet_s",

@@ -24,10 +24,10 @@ def _rotated(weight: Tensor, groups: int) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, *geometry, groups, start = inputs
+    x, weight, bias, stride, padding, dilation, groups, start, *_ = inputs
     ctx.save_for_backward(x, weight)
     ctx.has_bias = bias is not None
-    ctx.geometry, ctx.groups, ctx.start = geometry, groups, start
+    ctx.geometry, ctx.groups, ctx.start = [stride, padding, dilation], groups, start
 
 
 def _weight_and_bias(namespace: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -96,7 +96,7 @@ def _register_conv2d_slice(namespace: str) -> None:
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = _slice_input(namespace, grad, x, weight, ctx.geometry, ctx.groups, ctx.start)
-        return grad_x, *_weight_and_bias(namespace, ctx, grad), None, None, None, None, None
+        return grad_x, *_weight_and_bias(namespace, ctx, grad), None, None, None, None, None, None
 
     torch.library.register_autograd(f"{namespace}::conv2d_slice", backward, setup_context=_save)
 
@@ -123,7 +123,9 @@ def _register_weight_grad(namespace: str) -> None:
 
 
 def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, conv_weight, w1, b1, w2, _, ctx.activation, gate, spatial_weight, spatial_bias, ctx.residual = inputs
+    x, conv_weight, w1, b1, w2, _, ctx.activation, gate, spatial_weight, spatial_bias, ctx.residual, _ = (
+        inputs
+    )
     ctx.save_for_backward(x, conv_weight, w1, b1, w2, gate, spatial_weight, spatial_bias)
 
 
@@ -186,6 +188,7 @@ def _register_partial_mlp(namespace: str) -> None:
             None if gate is None else (kept_grad * kept).sum((1, 2)),
             spatial_grad,
             bias_grad,
+            None,
             None,
         )
 

@@ -24,6 +24,7 @@ def _conv2d_slice(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     start: int = 0,
+    packed: Tensor | None = None,
 ) -> Tensor:
     width = groups * weight.size(1)
     part = x.split([start, width, x.size(1) - start - width], dim=1)[1] if width < x.size(1) else x
@@ -63,6 +64,7 @@ def _partial_mlp(
     spatial_weight: Tensor | None = None,
     spatial_bias: Tensor | None = None,
     residual: bool = True,
+    packed: Tensor | None = None,
 ) -> Tensor:
     width, channels = conv_weight.size(0), x.size(1)
     if width < channels:

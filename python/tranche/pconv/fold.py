@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from tranche.pconv.attention import DistanceAttention, PATChannel, PATSelf, PATSpatial, StyleGate
 from tranche.pconv.dynamic import DPConv
 from tranche.pconv.modules import PartialConv
-from tranche.pconv.ops import channel_stats, conv2d_slice, partial_mlp
+from tranche.pconv.ops import channel_stats, conv2d_pack, conv2d_slice, partial_mlp, partial_mlp_pack
+from tranche.pconv.packed import KeepsPacked
 from tranche.pconv.partialnet import PartialBlock, PatchEmbed, PatchMerging
 
 
@@ -34,22 +35,36 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return scale, shift if norm.bias is None else shift + norm.bias.double()
 
 
-def _conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+def _kept(value: Tensor, like: Tensor) -> Tensor:
+    """Its own copy without gaps, in the dtype of `like`."""
+    return value.to(like.dtype).clone(memory_format=torch.contiguous_format)
+
+
+class FoldedConv(KeepsPacked):
+    """A convolution of the first channels, one `conv2d_slice`; in channels_last."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.stride, self.padding = stride, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, c_out, H', W']."""
+        packed = self.packed(conv2d_pack, self.weight, self.bias, stride=self.stride)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return conv2d_slice(x, self.weight, self.bias, self.stride, self.padding, packed=packed)
+
+
+def _conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> FoldedConv:
     """A convolution with bias that is the two together."""
     scale, shift = _affine(norm)
-    folded = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        (conv.kernel_size[0], conv.kernel_size[1]),
-        (conv.stride[0], conv.stride[1]),
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-    )
     weight = conv.weight.double() * scale[:, None, None, None]
-    folded.weight = nn.Parameter(weight.to(conv.weight.dtype, memory_format=torch.channels_last))
-    assert folded.bias is not None
-    folded.bias.copy_(shift if conv.bias is None else shift + scale * conv.bias.double())
-    return folded
+    bias = shift if conv.bias is None else shift + scale * conv.bias.double()
+    return FoldedConv(_kept(weight, conv.weight), _kept(bias, conv.weight), conv.stride[0])
 
 
 class FoldedGate(nn.Module):
@@ -72,7 +87,7 @@ class FoldedGate(nn.Module):
         return F.hardsigmoid(F.linear(torch.cat(channel_stats(x, self.start), dim=1), self.weight, self.bias))
 
 
-class FoldedBlock(nn.Module):
+class FoldedBlock(KeepsPacked):
     """A block in evaluation: y = x + mlp(cat(conv(x1), g * x2)), one call of `partial_mlp`.
 
     Its tensors are buffers: a folded model is for inference.
@@ -108,15 +123,10 @@ class FoldedBlock(nn.Module):
         if len(mlp) == 5:
             w2, b2, spatial = _spatial(mlp[4], w2)
 
-        def keep(name: str, value: Tensor | None) -> None:
-            kept = (
-                None if value is None else value.to(like.dtype).clone(memory_format=torch.contiguous_format)
-            )
-            self.register_buffer(name, kept)
-
-        keep("conv_weight", self._conv_weight(mixing))
-        for name, value in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2), ("spatial_weight", spatial)):
-            keep(name, value)
+        self.register_buffer("conv_weight", _kept(self._conv_weight(mixing), like))
+        for name, value in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
+            self.register_buffer(name, _kept(value, like))
+        self.register_buffer("spatial_weight", None if spatial is None else _kept(spatial, like))
 
     def _conv_weight(self, mixing: nn.Module) -> Tensor:
         if isinstance(mixing, DPConv):
@@ -126,16 +136,14 @@ class FoldedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to the same shape."""
+        weights = self.conv_weight, self.w1, self.b1, self.w2, self.b2
         return partial_mlp(
             x,
-            self.conv_weight,
-            self.w1,
-            self.b1,
-            self.w2,
-            self.b2,
+            *weights,
             activation=self.activation,
             gate=None if self.gate is None else self.gate(x),
             spatial_weight=self.spatial_weight,
+            packed=self.packed(partial_mlp_pack, *weights),
         )
 
 
@@ -180,26 +188,22 @@ class KeptBias(nn.Module):
 class FoldedAttention(nn.Module):
     """The attention of PAT_sf; its linear layers are 1x1 convolutions, which our kernel does sooner than torch."""
 
-    qkv: Tensor
-    proj: Tensor
-    proj_bias: Tensor
-
     def __init__(self, attention: DistanceAttention) -> None:
         super().__init__()
         self.num_heads, self.rpe_k = attention.num_heads, KeptBias(attention.rpe_k)
-        self.register_buffer("qkv", attention.qkv.weight[:, :, None, None].clone())
-        self.register_buffer("proj", attention.proj.weight[:, :, None, None].clone())
-        self.register_buffer("proj_bias", attention.proj.bias.clone())
+        qkv, proj = attention.qkv.weight, attention.proj.weight
+        self.qkv = FoldedConv(_kept(qkv[:, :, None, None], qkv))
+        self.proj = FoldedConv(_kept(proj[:, :, None, None], proj), _kept(attention.proj.bias, proj))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C', H, W] to the same shape, channels_last."""
         batch, channels, height, width = x.shape
-        pixels = conv2d_slice(x, self.qkv).permute(0, 2, 3, 1)
+        pixels = self.qkv(x).permute(0, 2, 3, 1)
         heads = pixels.reshape(batch, height * width, 3, self.num_heads, channels // self.num_heads)
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self.rpe_k(height, width)[None])
         back = mixed.transpose(1, 2).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
-        return conv2d_slice(back, self.proj, self.proj_bias)
+        return self.proj(back)
 
 
 class FoldedSelfBlock(FoldedBlock):
@@ -209,8 +213,6 @@ class FoldedSelfBlock(FoldedBlock):
     of one channel that changes nothing.
     """
 
-    mixing_weight: Tensor
-
     def __init__(self, block: PartialBlock) -> None:
         super().__init__(block)
         mixing = block.spatial_mixing
@@ -218,8 +220,8 @@ class FoldedSelfBlock(FoldedBlock):
         weight = mixing.partial_conv3.weight.double()
         centre = weight.size(-1) // 2
         weight[:, :, centre, centre] += torch.eye(weight.size(0), dtype=weight.dtype, device=weight.device)
-        self.register_buffer("mixing_weight", weight.to(mixing.partial_conv3.weight.dtype).contiguous())
-        self.padding, self.norm, self.attn = centre, mixing.norm, FoldedAttention(mixing.attn)
+        self.mixing = FoldedConv(_kept(weight, mixing.partial_conv3.weight), padding=centre)
+        self.norm, self.attn = mixing.norm, FoldedAttention(mixing.attn)
 
     def _conv_weight(self, mixing: nn.Module) -> Tensor:
         assert isinstance(mixing, PATSelf)
@@ -229,8 +231,8 @@ class FoldedSelfBlock(FoldedBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to the same shape."""
-        untouched = x[:, self.mixing_weight.size(0) :]
-        mixed = conv2d_slice(x, self.mixing_weight, padding=self.padding)
+        mixed = self.mixing(x)
+        untouched = x[:, mixed.size(1) :]
         return super().forward(torch.cat([mixed, untouched + self.attn(self.norm(untouched))], dim=1))
 
 

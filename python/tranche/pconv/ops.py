@@ -85,22 +85,47 @@ def conv2d_slice(
     groups: int = 1,
     *,
     start: int = 0,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """conv2d(x[:, start : start + c], weight, ...) without a copy of the slice.
 
     Args:
         x: [B, C, H, W], as for `partial_conv2d`.
         weight: [c_out, c / groups, kh, kw]: any c_out, any stride.
+        packed: what `conv2d_pack` made of weight and bias, which are then not read: the same bits sooner.
 
     Returns:
         [B, c_out, H', W'], channels_last where x is (and is not contiguous at the same time). Differentiable.
 
     Raises:
+        ValueError: a wrong shape, dtype, device or number; packed made of other weights or for another processor.
+    """
+    geometry = _pair(stride), _pair(padding), _pair(dilation)
+    return _library.call("conv2d_slice", x, weight, bias, *geometry, groups, start, packed)
+
+
+def conv2d_pack(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    dilation: Pair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """The weights of `conv2d_slice` in the order in which its CPU kernel reads them, which else every call sets up.
+
+    They serve x of any size, padding and `start`, and hold for this processor's instruction set: keep the weights, and
+    make this anew wherever they are loaded. It does not follow changes of weight and bias.
+
+    Args:
+        weight, bias, stride, dilation, groups: as for `conv2d_slice`.
+
+    Returns:
+        [bytes] uint8, opaque, for the argument `packed`; on CUDA, where weights are read as they lie, without elements.
+
+    Raises:
         ValueError: a wrong shape, dtype, device or number.
     """
-    return _library.call(
-        "conv2d_slice", x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups, start
-    )
+    return _library.ops().conv2d_pack(weight, bias, _pair(stride), _pair(dilation), groups)
 
 
 def conv2d_slice_weight_grad(
@@ -151,6 +176,7 @@ def partial_mlp(
     spatial_weight: Tensor | None = None,
     spatial_bias: Tensor | None = None,
     residual: bool = True,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """A whole block of FasterNet (arXiv 2303.03667) or PartialNet, its normalisations folded in by the caller.
 
@@ -170,13 +196,14 @@ def partial_mlp(
         spatial_weight: [M]: PAT_sp.
         spatial_bias: [1].
         residual: whether x is added.
+        packed: what `partial_mlp_pack` made of the first five weights, which are then not read: the same bits sooner.
 
     Returns:
         [B, C, H, W] in the memory format of x. bfloat16 rounds u and h to bfloat16 where the processor multiplies
         that, and so does CUDA. Differentiable, twice too, by torch's matmuls.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or activation.
+        ValueError: a wrong shape, dtype, device or activation; packed made of other weights or for another processor.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(
@@ -184,9 +211,23 @@ def partial_mlp(
             "Other activations are not fused."
         )
     code = ACTIVATIONS[activation]
-    return _library.call(
-        "partial_mlp", x, conv_weight, w1, b1, w2, b2, code, gate, spatial_weight, spatial_bias, residual
-    )
+    gates = gate, spatial_weight, spatial_bias
+    return _library.call("partial_mlp", x, conv_weight, w1, b1, w2, b2, code, *gates, residual, packed)
+
+
+def partial_mlp_pack(conv_weight: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """The weights of `partial_mlp` in the order in which its CPU kernel reads them: see `conv2d_pack`.
+
+    Args:
+        conv_weight, w1, b1, w2, b2: as for `partial_mlp`.
+
+    Returns:
+        [bytes] uint8, opaque, for the argument `packed`. On CUDA without elements.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device.
+    """
+    return _library.ops().partial_mlp_pack(conv_weight, w1, b1, w2, b2)
 
 
 def channel_stats(x: Tensor, start: int) -> tuple[Tensor, Tensor]:
@@ -225,8 +266,30 @@ def _(
     spatial_weight: Tensor | None = None,
     spatial_bias: Tensor | None = None,
     residual: bool = True,
+    packed: Tensor | None = None,
 ) -> Tensor:
     return torch.empty_like(x)
+
+
+def _packed(like: Tensor) -> Tensor:
+    """Of a size that the processor decides."""
+    return like.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
+
+
+@_library.register_fake("partial_mlp_pack")
+def _(conv_weight: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    return _packed(b2)
+
+
+@_library.register_fake("conv2d_pack")
+def _(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    return _packed(weight)
 
 
 @_library.register_fake("channel_stats")
@@ -273,6 +336,7 @@ def _(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     start: int = 0,
+    packed: Tensor | None = None,
 ) -> Tensor:
     batch, _, height, width = x.shape
     c_out, _, kh, kw = weight.shape

@@ -22,10 +22,18 @@ def conv2d_slice(
     groups: int = 1,
     *,
     start: int = 0,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """See `tranche.pconv.conv2d_slice`."""
     part = x[:, start : start + groups * weight.size(1)]
     return F.conv2d(part, weight, bias, stride, padding, dilation, groups)
+
+
+def conv2d_pack(
+    weight: Tensor, bias: Tensor | None = None, stride: Pair = 1, dilation: Pair = 1, groups: int = 1
+) -> Tensor:
+    """See `tranche.pconv.conv2d_pack`: nothing, and what takes it reads the weights."""
+    return weight.new_empty(0, dtype=torch.uint8)
 
 
 def conv2d_slice_weight_grad(
@@ -74,6 +82,7 @@ def partial_mlp(
     spatial_weight: Tensor | None = None,
     spatial_bias: Tensor | None = None,
     residual: bool = True,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """See `tranche.pconv.partial_mlp`."""
     channels, width = x.size(1), conv_weight.size(0)
@@ -90,6 +99,11 @@ def partial_mlp(
         out = torch.cat([out[..., :first] * scale, out[..., first:]], dim=-1)
     out = (out + b2).movedim(-1, 1)
     return out + x if residual else out
+
+
+def partial_mlp_pack(conv_weight: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """See `tranche.pconv.partial_mlp_pack`: nothing, and what takes it reads the weights."""
+    return b2.new_empty(0, dtype=torch.uint8)
 
 
 def channel_stats(x: Tensor, start: int) -> tuple[Tensor, Tensor]:

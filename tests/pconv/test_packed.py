@@ -1,0 +1,242 @@
+"""Packed weights give the bits that the weights themselves give, and are refused where they do not belong."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.pconv.convolutions import make_case, same_bits
+from tests.pconv.networks import randomise
+from tests.pconv.test_partial_mlp import BLOCKS, FLOATS, make_block
+from tranche import testing
+from tranche.pconv import PartialNet, conv2d_pack, conv2d_slice, fold, partial_mlp, partial_mlp_pack
+
+WEIGHTS = ("conv_weight", "w1", "b1", "w2", "b2")
+CONVOLUTIONS = {
+    "3x3": {},
+    "with bias": {"bias": True, "out": 40},
+    "strided": {"stride": 2, "out": 12, "bias": True},
+    "patches": {"shape": (1, 3, 12, 8), "width": 3, "out": 33, "kernel": (4, 4), "stride": 4, "padding": 0},
+    "1x1": {"kernel": (1, 1), "width": 24, "out": 70},
+    "dilated": {"dilation": 2, "width": 5},
+    "groups": {"groups": 2},
+    "depthwise": {"groups": 8, "bias": True},
+    "a row": {"kernel": (1, 5), "start": 3},
+}
+
+
+def pack(case):
+    options = {k: v for k, v in case.options.items() if k in ("stride", "dilation", "groups")}
+    return conv2d_pack(case.weight, case.bias, **options)
+
+
+def pack_block(block):
+    return partial_mlp_pack(*(block.tensors[name] for name in WEIGHTS))
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution(backend, name, dtype):
+    if dtype == torch.float64 and backend.name != "cpu":
+        return
+    case = make_case(dtype=dtype, channels_last=True, device=backend.device, **CONVOLUTIONS[name])
+    packed = pack(case)
+    assert packed.dtype == torch.uint8 and (packed.numel() > 0) == (backend.name == "cpu")
+    want = case.run(conv2d_slice)
+    assert same_bits(case.run(lambda *args, **kw: conv2d_slice(*args, **kw, packed=packed)), want)
+    # of any image, and instead of the weights
+    case.x = torch.cat([case.x, case.x.flip(3)], dim=3)[:, :, 1:]
+    want = case.run(conv2d_slice)
+    if backend.name == "cpu":
+        case.weight = torch.zeros_like(case.weight)
+    assert same_bits(case.run(lambda *args, **kw: conv2d_slice(*args, **kw, packed=packed)), want)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block(backend, name, dtype):
+    if dtype == torch.float64 and backend.name != "cpu":
+        return
+    block = make_block(dtype=dtype, channels_last=True, device=backend.device, **BLOCKS[name])
+    want = block.run()
+    block.options["packed"] = pack_block(block)
+    assert same_bits(block.run(), want)
+    if backend.name == "cpu":
+        block.tensors |= {name: torch.zeros_like(block.tensors[name]) for name in WEIGHTS}
+        assert same_bits(block.run(), want)
+
+
+def test_large_weights_and_any_number_of_threads():
+    block = make_block(channels=256, width=64, hidden=512, size=(7, 7), channels_last=True)
+    threads, packed = torch.get_num_threads(), pack_block(block)
+    want = block.run()
+    block.options["packed"] = packed
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(pack_block(block), packed)
+            assert same_bits(block.run(), want)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_without_elements_is_without(backend):
+    case = make_case(device=backend.device)
+    nothing = torch.empty(0, dtype=torch.uint8, device=backend.device)
+    assert same_bits(
+        case.run(lambda *args, **kw: conv2d_slice(*args, **kw, packed=nothing)), case.run(conv2d_slice)
+    )
+
+
+def test_gradients():
+    block = make_block(dtype=torch.float64, gated=True)
+    packed = pack_block(block)
+    leaves = block.mapped(lambda t: t.requires_grad_())
+    want = torch.autograd.grad(leaves.run().sum(), list(leaves.tensors.values()))
+    leaves.options["packed"] = packed
+    got = torch.autograd.grad(leaves.run().sum(), list(leaves.tensors.values()))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+    case = make_case(dtype=torch.float64)
+    case.weight.requires_grad_()
+    y = case.run(lambda *args, **kw: conv2d_slice(*args, **kw, packed=pack(case)))
+    assert torch.autograd.grad(y.sum(), case.weight)[0].abs().sum() > 0
+
+
+def test_opcheck(backend):
+    block, case = make_block(device=backend.device), make_case(device=backend.device)
+    ops = backend.ops()
+    torch.library.opcheck(ops.partial_mlp_pack.default, tuple(block.tensors[name] for name in WEIGHTS))
+    torch.library.opcheck(ops.conv2d_pack.default, (case.weight,))
+    tensors = tuple(block.tensors[name] for name in ("x", *WEIGHTS))
+    torch.library.opcheck(ops.partial_mlp.default, tensors, {"packed": ops.partial_mlp_pack(*tensors[1:])})
+    torch.library.opcheck(
+        ops.conv2d_slice.default, (case.x, case.weight), {"packed": ops.conv2d_pack(case.weight)}
+    )
+
+
+def test_refused():
+    case, block = make_case(), make_block()
+    packed, x = pack(case), case.x
+
+    def run(packed, weight=case.weight, **options):
+        return conv2d_slice(x, weight, padding=1, packed=packed, **options)
+
+    for wrong in (packed[:-1], packed[:8], torch.zeros_like(packed), pack_block(block)):
+        with pytest.raises(ValueError, match="packed"):
+            run(wrong)
+    with pytest.raises(ValueError, match=r"packed made by conv2d_pack, got other bytes\. Make it anew"):
+        run(packed[1:])
+    with pytest.raises(ValueError, match="a contiguous packed"):
+        run(packed.repeat_interleave(2)[::2])
+    with pytest.raises(ValueError, match=r"packed of dtype torch\.uint8"):
+        run(packed.float())
+    for weight, options in (
+        (case.weight[:4], {}),
+        (case.weight, {"stride": 2}),
+        (case.weight, {"dilation": 2}),
+    ):
+        with pytest.raises(ValueError, match="packed made of these weights"):
+            run(packed, weight, **options)
+    with pytest.raises(ValueError, match="packed made of these weights"):
+        conv2d_slice(x.double(), case.weight.double(), packed=packed)
+    with pytest.raises(ValueError, match="packed made of these weights"):
+        partial_mlp(*(block.tensors[n] for n in ("x", *WEIGHTS)), packed=packed)
+    with testing.use_simulator(), pytest.raises(ValueError, match="packed without elements"):
+        run(packed)
+
+
+def test_bad_weights(backend):
+    block = make_block(device=backend.device)
+    weights = [block.tensors[name] for name in WEIGHTS]
+    for i, message in (
+        (0, "conv_weight of shape"),
+        (1, "w1 of shape"),
+        (2, "b1 of shape"),
+        (3, "w2 of shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            partial_mlp_pack(*weights[:i], weights[i][None], *weights[i + 1 :])
+    with pytest.raises(ValueError, match=r"tranche\.conv2d_pack: expected groups >= 1"):
+        conv2d_pack(weights[0], groups=5)
+    with pytest.raises(ValueError, match="bias of shape"):
+        conv2d_pack(weights[0], weights[1])
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="one instruction set")
+def test_of_another_instruction_set(tmp_path):
+    path, case = tmp_path / "packed.pt", make_case()
+    script = (
+        "import sys, torch; from tranche.pconv import conv2d_pack;"
+        f"torch.save(conv2d_pack(torch.zeros({tuple(case.weight.shape)})), sys.argv[1])"
+    )
+    environment = os.environ | {"TRANCHE_ISA": "baseline"}
+    subprocess.run([sys.executable, "-c", script, path], env=environment, check=True)
+    with pytest.raises(ValueError, match=r"packed made for instruction set \w+, layout \d+, got baseline"):
+        conv2d_slice(case.x, case.weight, packed=torch.load(path))
+
+
+# ---- folded networks, which keep what they packed
+
+
+@pytest.fixture
+def network():
+    given = {"num_classes": 5, "embed_dim": 16, "depths": (1, 1, 1), "patch_size": 2, "feature_dim": 24}
+    return fold(randomise(PartialNet(3, **given)))
+
+
+def kept(model):
+    return [module._kept for module in model.modules() if getattr(module, "_kept", None) is not None]
+
+
+def test_a_network_keeps_its_own(network):
+    x = torch.randn(2, 3, 16, 24)
+    want, keys = network(x), list(network.state_dict())
+    count = len(kept(network))
+    assert count > 3 and list(network.state_dict()) == keys
+    assert not any(t.dtype == torch.uint8 for t in network.buffers())
+    for other in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert not kept(other) and torch.equal(other(x), want)
+    before = kept(network)
+    network(x)
+    assert all(a is b for a, b in zip(kept(network), before, strict=True))
+    with torch.inference_mode():
+        network(torch.randn(1, 3, 16, 16))
+    assert not any(t.is_inference() for _, t in kept(network))
+
+
+def test_a_network_follows_its_weights(network):
+    x, other = (
+        torch.randn(2, 3, 16, 24),
+        fold(randomise(PartialNet(3, 5, 16, (1, 1, 1), patch_size=2, feature_dim=24))),
+    )
+    network(x)
+    network.load_state_dict(other.state_dict())
+    assert torch.equal(network(x), other(x))
+    with torch.no_grad():
+        for model in (network, other):
+            for name, value in model.named_buffers():
+                if name.endswith("w2"):
+                    value.mul_(2)
+    assert torch.equal(network(x), copy.deepcopy(other)(x))
+    for model in (network, other):
+        block = model.stages[0].blocks[0]
+        block.w1 = block.w1.clone().neg_()
+    assert torch.equal(network(x), copy.deepcopy(other)(x))
+    network.double()
+    assert not kept(network) and network(x.double()).dtype == torch.float64
+
+
+def test_a_network_elsewhere(network):
+    x = torch.randn(1, 3, 16, 16)
+    want = network(x)
+    with testing.use_simulator():
+        torch.testing.assert_close(network(x), want)
+    exported = torch.export.export(network, (x,)).module()
+    torch.testing.assert_close(exported(x), want)
