@@ -130,6 +130,24 @@ class PartialMlp {
     int64_t b, images, row, rows;
   };
 
+  Tile tile_at(int64_t task) const {
+    Tile tile;
+    tile.b = task / tiles_ * tile_images_;
+    tile.images = least(tile_images_, p_.batch - tile.b);
+    tile.row = task % tiles_ * tile_rows_;
+    tile.rows = least(tile_rows_, p_.height - tile.row);
+    return tile;
+  }
+
+  // A tile's memory in x or y, where its pixels are whole; otherwise nothing.
+  Ahead memory_of(const Tile& tile, const void* tensor, const int64_t* stride, int64_t calls) const {
+    if (tile.images <= 0 || stride[1] != 1 || stride[3] != p_.channels) return Ahead();
+    const int64_t size = sizeof(T), row = p_.width * p_.channels * size;
+    const T* first = static_cast<const T*>(tensor) + tile.b * stride[0] + tile.row * stride[2];
+    return tile.images == 1 ? Ahead(first, tile.rows, stride[2] * size, row, calls)
+                            : Ahead(first, tile.images, stride[0] * size, tile.rows * row, calls);
+  }
+
   // What a thread works in.
   struct Scratch {
     Unit* packed;
@@ -170,13 +188,11 @@ class PartialMlp {
 
   Scratch scratch(int64_t slot) const { return Scratch(*this, scratch_ + slot * scratch_bytes_); }
 
+  // Memory is waited for while products are made: the first layer's ask for the tile's place in y, the
+  // second's for the tile of x that this thread is likely to take next.
   void run_by_tile() const {
     parallel_tasks(tasks_, slots_, [&](int64_t task, int64_t slot) {
-      Tile tile;
-      tile.b = task / tiles_ * tile_images_;
-      tile.images = least(tile_images_, p_.batch - tile.b);
-      tile.row = task % tiles_ * tile_rows_;
-      tile.rows = least(tile_rows_, p_.height - tile.row);
+      const Tile tile = tile_at(task);
       const Scratch s = scratch(slot);
       const int64_t image_pixels = tile.rows * p_.width, pixels = tile.images * image_pixels;
       clear_beyond(pixels, s);
@@ -184,9 +200,11 @@ class PartialMlp {
         mix(tile.b + i, tile.row, tile.rows, i * image_pixels, s.u, s);
       }
       const typename Math::Session session;
-      for (int64_t panel = 0; panel < panels(p_.hidden); ++panel) hidden(pixels, panel, s, s.sums);
+      Ahead y = memory_of(tile, p_.y, p_.y_stride, first_.asks(pixels));
+      for (int64_t panel = 0; panel < panels(p_.hidden); ++panel) hidden(pixels, panel, s, s.sums, y);
       if (p_.spatial_weight) scores(0, pixels, s);
-      for (int64_t panel = 0; panel < panels(p_.channels); ++panel) outputs(tile, panel, s, s);
+      Ahead x = memory_of(tile_at(task + slots_), p_.x, p_.x_stride, second_.asks(pixels));
+      for (int64_t panel = 0; panel < panels(p_.channels); ++panel) outputs(tile, panel, s, s, x);
     });
   }
 
@@ -205,14 +223,18 @@ class PartialMlp {
     parallel_shares(panels(p_.hidden), slots_, [&](int64_t begin, int64_t end, int64_t slot) {
       const typename Math::Session session;
       A* sums = scratch(slot).sums;
-      for (int64_t panel = begin; panel < end; ++panel) hidden(pixels, panel, all, sums);
+      Ahead nothing;
+      for (int64_t panel = begin; panel < end; ++panel) hidden(pixels, panel, all, sums, nothing);
     });
     if (p_.spatial_weight) {
       parallel_tasks(lines, slots_, [&](int64_t line, int64_t) { scores(line * p_.width, p_.width, all); });
     }
     parallel_shares(panels(p_.channels), slots_, [&](int64_t begin, int64_t end, int64_t slot) {
       const typename Math::Session session;
-      for (int64_t panel = begin; panel < end; ++panel) outputs(tile, panel, all, scratch(slot));
+      Ahead nothing;
+      for (int64_t panel = begin; panel < end; ++panel) {
+        outputs(tile, panel, all, scratch(slot), nothing);
+      }
     });
   }
 
@@ -222,16 +244,16 @@ class PartialMlp {
   }
 
   // A panel of h.
-  void hidden(int64_t pixels, int64_t panel, const Scratch& s, A* sums) const {
-    first_.panel(s.u, pixels, panel, sums);
+  void hidden(int64_t pixels, int64_t panel, const Scratch& s, A* sums, Ahead& ahead) const {
+    first_.panel(s.u, pixels, panel, sums, ahead);
     const int64_t first = panel * kPanel, n = least(kPanel, p_.hidden - first);
     p_.activation == Activation::relu ? s.h.template activate<Activation::relu>(sums, pixels, first, n)
                                       : s.h.template activate<Activation::gelu>(sums, pixels, first, n);
   }
 
   // A panel of y, from h and scale in `s`, by way of what is in `own`.
-  void outputs(const Tile& tile, int64_t panel, const Scratch& s, const Scratch& own) const {
-    second_.panel(s.h, tile.images * tile.rows * p_.width, panel, own.sums);
+  void outputs(const Tile& tile, int64_t panel, const Scratch& s, const Scratch& own, Ahead& ahead) const {
+    second_.panel(s.h, tile.images * tile.rows * p_.width, panel, own.sums, ahead);
     for (int64_t i = 0; i < tile.images * tile.rows; ++i) {
       finish(tile.b + i / tile.rows, tile.row + i % tile.rows, panel * kPanel,
              own.sums + i * p_.width * kPanel, s.scale + i * p_.width, own.residual);

@@ -117,8 +117,12 @@ struct VectorMath {
         biases[o] = b && o < outputs ? widen<A>(b[o]) : A(0);
       }
     }
+    // How often all panels' products ask for what comes after them.
+    int64_t asks(int64_t pixels) const {
+      return panels(outputs) * segments * (pixels + kBlockPixels<2> - 1) / kBlockPixels<2>;
+    }
     // sums [pixels][kPanel] = panel of outputs of x.
-    void panel(const Rows& x, int64_t pixels, int64_t panel, A* sums) const {
+    void panel(const Rows& x, int64_t pixels, int64_t panel, A* sums, Ahead& ahead) const {
       Product<K> a{};
       a.x = x.data;
       a.step = input_units();
@@ -131,6 +135,7 @@ struct VectorMath {
       a.runs = 1;
       a.pixels = pixels;
       a.fetch_ahead = panels(outputs) * panel_units() * int64_t(sizeof *a.w) > kSecondLevel;
+      a.ahead = &ahead;
       product(a, least(kPanel, outputs - panel * kPanel));
     }
   };

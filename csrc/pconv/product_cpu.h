@@ -5,6 +5,7 @@
 // depends on nothing but its own inputs, whatever block it was computed in and however the chain was cut.
 #pragma once
 
+#include "core/ahead.h"
 #include "core/arena.h"
 #include "core/constant.h"
 #include "pconv/layout_cpu.h"
@@ -12,6 +13,7 @@
 namespace tranche::cpu::TRANCHE_ISA {
 
 constexpr int64_t kPanel = 32;  // outputs that are computed, and whose weights are stored, together
+constexpr int64_t kPieceBytes = 32 << 10;  // bytes of weights that a first-level cache keeps beside the rest
 constexpr int64_t kSecondLevel =
     512 << 10;  // bytes of weights that a second-level cache keeps beside the rest
 
@@ -98,7 +100,13 @@ struct Product {
   typename K::A* out;         // [runs][pixels][kPanel]
   int64_t runs, pixels;
   bool fetch_ahead;  // the weights of all panels exceed the second-level cache, and lie one after the other
+  Ahead* ahead;      // what else to ask for, a product_blocks(pixels)-th of it at a time; or null
 };
+
+// Pixels that a block of a product takes, with kVectors of outputs: sums, weights and one value of x fill 32
+// registers on AVX-512, 16 elsewhere. Images are often 56, 28, 14 or 7 pixels wide.
+template <int kVectors>
+constexpr int kBlockPixels = kWidth == 16 ? 28 / kVectors : 12 / kVectors;
 
 template <class K, int kRows, int kVectors>
 TRANCHE_INLINE void product_block(const Product<K>& a, int64_t segment, int64_t segments,
@@ -143,13 +151,14 @@ TRANCHE_INLINE void product_block(const Product<K>& a, int64_t segment, int64_t 
 
 template <class K, int kVectors>
 static void product_columns(const Product<K>& a, int64_t segment, int64_t segments, int64_t column) {
-  // Sums, weights and one value of x fill 32 registers on AVX-512, 16 elsewhere. Images are often 56, 28, 14
-  // or 7 pixels wide.
-  constexpr int kMost = kWidth == 16 ? 28 / kVectors : 12 / kVectors;
+  constexpr int kMost = kBlockPixels<kVectors>;
   // While this piece of the weights is used, as much of what follows is asked for.
-  const int64_t lines = segments * a.depth * kPanel * int64_t(sizeof(typename K::Unit)) / 64;
-  const int64_t share = a.fetch_ahead ? lines * kMost / most<int64_t>(kMost, a.runs * a.pixels) + 1 : 0;
-  const char* next = reinterpret_cast<const char*>(a.w + (segment + segments) * a.depth * kPanel);
+  const int64_t bytes = segments * a.depth * kPanel * int64_t(sizeof(typename K::Unit));
+  Ahead weights;
+  if (a.fetch_ahead) {
+    weights = Ahead(a.w + (segment + segments) * a.depth * kPanel, 1, 0, bytes,
+                    most<int64_t>(1, a.runs * a.pixels / kMost));
+  }
   for (int64_t run = 0; run < a.runs; ++run) {
     const typename K::Unit* x = a.x + run * a.run_step;
     typename K::A* out = a.out + run * a.pixels * kPanel;
@@ -158,7 +167,8 @@ static void product_columns(const Product<K>& a, int64_t segment, int64_t segmen
       product_block<K, kRows, kVectors>(a, segment, segments, x, out, column);
       x += kRows * a.step;
       out += kRows * kPanel;
-      for (int64_t i = 0; i < share; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+      weights.ask();
+      if (a.ahead) a.ahead->ask();
     };
     int64_t left = a.pixels;
     for (; left >= kMost; left -= kMost) rows(Constant<kMost>());
@@ -178,7 +188,6 @@ static void product_columns(const Product<K>& a, int64_t segment, int64_t segmen
 // pieces that stay in the first-level cache while all pixels pass by.
 template <class K>
 static void product(const Product<K>& a, int64_t columns) {
-  constexpr int64_t kPieceBytes = 32 << 10;
   const int64_t segment_bytes = a.depth * kPanel * int64_t(sizeof(typename K::Unit));
   const int64_t piece = most<int64_t>(1, kPieceBytes / most<int64_t>(1, segment_bytes));
   for (int64_t column = 0; column < columns; column += 2 * K::kLanes) {

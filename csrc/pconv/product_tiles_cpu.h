@@ -58,6 +58,7 @@ struct TileProduct {
   const float* bias;              // [kPanel]
   float* out;                     // [blocks * 16][kPanel]
   int64_t blocks;
+  Ahead* ahead;  // what else to ask for, or null
 };
 
 // Tiles 0..3 are sums, 4 and 5 pixels, 6 and 7 weights: both columns' of a panel, or the one's in tile kW.
@@ -117,15 +118,20 @@ static void tile_block(const TileProduct& a, const uint32_t* x, float* out) {
   if constexpr (kSums > 3) tile_store<3>(out + 3 / kColumns * kNext + 16 * (3 % kColumns), kStride);
 }
 
+// Tiles of pixels that are multiplied together: more share the weights, but no more than two the pixels that
+// several products take.
+template <int kPlanes, int kColumns>
+constexpr int64_t kTileBlocks = kPlanes == 1 ? 4 / kColumns : 2;
+
 template <int kPlanes, int kColumns>
 static void tile_columns(const TileProduct& a) {
-  // More blocks share the weights, but no more than two the pixels that several products take.
-  constexpr int64_t kMost = kPlanes == 1 ? 4 / kColumns : 2;
+  constexpr int64_t kMost = kTileBlocks<kPlanes, kColumns>;
   const uint32_t* x = a.x;
   float* out = a.out;
   int64_t left = a.blocks;
   for (; left >= kMost; left -= kMost, x += kMost * a.block, out += kMost * kTilePixels * kPanel) {
     tile_block<kPlanes, int(kMost), kColumns>(a, x, out);
+    if (a.ahead) a.ahead->ask();
   }
   if constexpr (kMost > 2) {
     if (left == 3) return tile_block<kPlanes, 3, kColumns>(a, x, out);
