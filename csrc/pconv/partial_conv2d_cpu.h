@@ -111,10 +111,17 @@ class SliceConvolution {
     }
   }
 
+  // How often computing `rows` rows asks for memory ahead.
+  int64_t asks(int64_t rows) const {
+    const int64_t block = group_out_ > K::kLanes ? kBlockPixels<2> : kBlockPixels<1>;
+    return groups_ * panels(group_out_) * rows * ((p_.out_width + block - 1) / block);
+  }
+
   // At most pass_rows() output rows from packed rows that begin at the first one needed. Calls
   // epilogue(first output channel, channels, sums [rows * out_width][kPanel]).
   template <class Epilogue>
-  void compute(int64_t rows, const Unit* packed, int64_t, A* sums, const Epilogue& epilogue) const {
+  void compute(int64_t rows, const Unit* packed, int64_t, A* sums, Ahead& ahead,
+               const Epilogue& epilogue) const {
     Product<K> a{};
     a.step = p_.stride[1] * pixel_;
     a.run_step = p_.stride[0] * row_units();
@@ -122,6 +129,7 @@ class SliceConvolution {
     a.segments = segments();
     a.depth = merged_ * depth_;
     a.out = sums;
+    a.ahead = &ahead;
     a.runs = rows;
     a.pixels = p_.out_width;
     if (a.run_step == a.pixels * a.step) {  // rows that follow one another are one run

@@ -121,10 +121,16 @@ class TileConvolution {
     }
   }
 
+  int64_t asks(int64_t rows) const {
+    const int64_t block = kTilePixels * (p_.c_out > 16 ? kTileBlocks<kPlanes, 2> : kTileBlocks<kPlanes, 1>);
+    return panels(p_.c_out) * most<int64_t>(1, rows * pitch() / block);
+  }
+
   // At most pass_rows() output rows from packed rows that begin at the first one needed. Calls
   // epilogue(first output channel, channels, sums [rows][pitch()][kPanel]).
   template <class Epilogue>
-  void compute(int64_t rows, const Unit* packed, int64_t plane, A* sums, const Epilogue& epilogue) const {
+  void compute(int64_t rows, const Unit* packed, int64_t plane, A* sums, Ahead& ahead,
+               const Epilogue& epilogue) const {
     const Tiles tiles = tiles_of_depth(steps_.unit);
     TileProduct a{};
     a.x = packed;
@@ -137,6 +143,7 @@ class TileConvolution {
     a.overlap = steps_.overlap();
     a.depth = steps_.unit;
     a.out = sums;
+    a.ahead = &ahead;
     a.blocks = ((rows - 1) * pitch() + p_.out_width + kTilePixels - 1) / kTilePixels;
     for (int64_t panel = 0; panel < panels(p_.c_out); ++panel) {
       const int64_t live = least(kPanel, p_.c_out - panel * kPanel);

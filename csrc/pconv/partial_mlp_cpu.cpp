@@ -270,11 +270,13 @@ class PartialMlp {
              kept(), p_.gate ? gates_ + b * kept() : nullptr);
     }
     conv_.pack(b, conv_.first_row(first), conv_.input_rows(rows), s.packed, s.plane, 0);
-    conv_.compute(rows, s.packed, s.plane, s.sums, [&](int64_t channel, int64_t channels, const A* sums) {
+    Ahead nothing;
+    const auto keep = [&](int64_t channel, int64_t channels, const A* sums) {
       for (int64_t r = 0; r < rows; ++r) {
         u.store(sums + r * conv_.pitch() * kPanel, at + r * width, width, channel, channels);
       }
-    });
+    };
+    conv_.compute(rows, s.packed, s.plane, s.sums, nothing, keep);
   }
 
   // The spatial gate of pixels [first, first + count).
