@@ -73,6 +73,10 @@ class PartialMlp {
     const int64_t tiles = round_up((p.height + most_rows - 1) / most_rows, wanted);
     tile_rows_ = (p.height + tiles - 1) / tiles;
     tile_images_ = tile_rows_ < p.height ? 1 : most<int64_t>(1, least(pixels / image, p.batch / threads));
+    if (tile_images_ > 1) {  // as many to each thread
+      const int64_t groups = round_up((p.batch + tile_images_ - 1) / tile_images_, threads);
+      tile_images_ = (p.batch + groups - 1) / groups;
+    }
     if (by_layer_) tile_rows_ = p.height, tile_images_ = p.batch;
     tiles_ = (p.height + tile_rows_ - 1) / tile_rows_;
     tasks_ = (p.batch + tile_images_ - 1) / tile_images_ * tiles_;
@@ -270,11 +274,12 @@ class PartialMlp {
              kept(), p_.gate ? gates_ + b * kept() : nullptr);
     }
     conv_.pack(b, conv_.first_row(first), conv_.input_rows(rows), s.packed, s.plane, 0);
-    conv_.compute(rows, s.packed, s.plane, s.sums, [&](int64_t channel, int64_t channels, const A* sums) {
+    const auto store = [&](int64_t channel, int64_t channels, const A* sums) {
       for (int64_t r = 0; r < rows; ++r) {
         u.store(sums + r * conv_.pitch() * kPanel, at + r * width, width, channel, channels);
       }
-    });
+    };
+    conv_.compute(rows, s.packed, s.plane, s.sums, 0, conv_.all_panels(), store);
   }
 
   // The spatial gate of pixels [first, first + count).
