@@ -34,8 +34,9 @@ class PartialConvolution {
       constexpr int64_t kPackedBytes = 512 << 10;
       const int64_t wanted = (2 * threads + p.batch - 1) / p.batch;
       const int64_t fitting = kPackedBytes / (conv_.packed_units(1) * int64_t(sizeof(Unit)));
-      task_rows_ = least(task_rows_, most(conv_.pass_rows(), fitting));
-      task_rows_ = most<int64_t>(1, least(task_rows_, (p.out_height + wanted - 1) / wanted));
+      const int64_t most_rows = most<int64_t>(1, least(task_rows_, most(conv_.pass_rows(), fitting)));
+      const int64_t tasks = round_up((p.out_height + most_rows - 1) / most_rows, wanted);
+      task_rows_ = most<int64_t>(1, (p.out_height + tasks - 1) / tasks);
     }
     tasks_ = (p.out_height + task_rows_ - 1) / task_rows_;
     slots_ = by_channel_ ? threads : least(threads, p.batch * tasks_);
@@ -152,6 +153,21 @@ class PartialConvolution {
   A* sums_ = nullptr;
 };
 
+// A convolution of single pixels knows no images: where they lie one after the other they are the rows of
+// one.
+PartialConv2dParams joined(PartialConv2dParams p) {
+  const bool pixelwise =
+      p.kernel[0] * p.kernel[1] == 1 && p.stride[0] * p.stride[1] == 1 && p.padding[0] + p.padding[1] == 0;
+  const auto follow = [&](const int64_t* stride) {
+    return p.height == 1 || stride[0] == p.height * stride[2];
+  };
+  if (!pixelwise || p.in_place || !follow(p.x_stride) || !follow(p.y_stride)) return p;
+  if (p.height == 1) p.x_stride[2] = p.x_stride[0], p.y_stride[2] = p.y_stride[0];
+  p.height = p.out_height = p.batch * p.height;
+  p.batch = 1;
+  return p;
+}
+
 // f(convolution) with the arithmetic that serves p.
 template <class F>
 auto with_convolution(const PartialConv2dParams& p, void* memory, const F& f) {
@@ -173,7 +189,7 @@ auto with_convolution(const PartialConv2dParams& p, void* memory, const F& f) {
 }  // namespace
 
 size_t partial_conv2d_workspace(const PartialConv2dParams& p) {
-  return with_convolution(p, nullptr, [](const auto& convolution) { return convolution.bytes(); });
+  return with_convolution(joined(p), nullptr, [](const auto& convolution) { return convolution.bytes(); });
 }
 
 size_t partial_conv2d_packed_bytes(const PartialConv2dParams& p) {
@@ -185,7 +201,7 @@ void partial_conv2d_pack(const PartialConv2dParams& p) {
 }
 
 void partial_conv2d(const PartialConv2dParams& p) {
-  with_convolution(p, p.workspace, [](const auto& convolution) { convolution.run(); });
+  with_convolution(joined(p), p.workspace, [](const auto& convolution) { convolution.run(); });
 }
 
 }  // namespace tranche::cpu::TRANCHE_ISA

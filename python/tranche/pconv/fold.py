@@ -60,7 +60,7 @@ class FoldedConv(KeepsPacked):
 
 
 class FoldedLinear(FoldedConv):
-    """A linear layer on the same kernel, which wastes less than a matrix product of few rows: they are its pixels."""
+    """A linear layer on the same kernel, which loses less than torch's matrix products on few rows: images of a pixel."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight[:, :, None, None], bias)
@@ -70,7 +70,7 @@ class FoldedLinear(FoldedConv):
         rows = x.flatten(1)
         if torch.compiler.is_compiling():  # a graph is to say what this is
             return F.linear(rows, self.weight.flatten(1), self.bias)
-        return super().forward(rows.t()[None, :, :, None])[0, :, :, 0].t()
+        return super().forward(rows[:, :, None, None]).flatten(1)
 
 
 def _conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> FoldedConv:
