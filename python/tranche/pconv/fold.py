@@ -60,7 +60,7 @@ class FoldedConv(KeepsPacked):
 
 
 class FoldedLinear(FoldedConv):
-    """A linear layer on the same kernel, which loses less than torch's matrix products on few rows: images of a pixel."""
+    """A linear layer on the same kernel, its rows images of one pixel: few rows lose less than in torch's products."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight[:, :, None, None], bias)
