@@ -1,7 +1,9 @@
 // The convolutions of the family on the CPU, compiled once per instruction set.
 //
 // A task is some output rows of an image. In place it is a whole image if there are images enough, packed as
-// a whole before its first output is written; otherwise all slices are packed before any output is.
+// a whole before its first output is written; otherwise all slices are packed before any output is. They are
+// too where outputs are few pixels of many channels: a task is some of the channels then, so that each weight
+// is read once.
 #include "pconv/partial_conv2d_cpu.h"
 #include "core/dispatch.h"
 #include "core/isa.h"
@@ -22,17 +24,22 @@ class PartialConvolution {
   PartialConvolution(const PartialConv2dParams& p, void* memory) : p_(p), conv_(p), arena_(memory) {
     const int64_t threads = num_threads();
     const bool image_tasks = p.in_place && (p.batch >= threads || !conv_.packs_apart());
-    packs_first_ = p.in_place && !image_tasks;
+    constexpr int64_t kWeightsOfPixel = 4096;
+    const int64_t weights_of_output = int64_t(p.c_in) / p.groups * p.kernel[0] * p.kernel[1];
+    by_channel_ = !p.in_place && !p.copies && conv_.packs_apart() &&
+                  p.batch * p.out_height * p.out_width <= weights_of_output * p.c_out / kWeightsOfPixel;
+    packs_first_ = by_channel_ || (p.in_place && !image_tasks);
     task_rows_ = p.out_height;
     if (!image_tasks) {  // at least two tasks per thread, and what they pack stays in the second-level cache
       constexpr int64_t kPackedBytes = 512 << 10;
       const int64_t wanted = (2 * threads + p.batch - 1) / p.batch;
       const int64_t fitting = kPackedBytes / (conv_.packed_units(1) * int64_t(sizeof(Unit)));
-      task_rows_ = least(task_rows_, most(conv_.pass_rows(), fitting));
-      task_rows_ = most<int64_t>(1, least(task_rows_, (p.out_height + wanted - 1) / wanted));
+      const int64_t most_rows = most<int64_t>(1, least(task_rows_, most(conv_.pass_rows(), fitting)));
+      const int64_t tasks = round_up((p.out_height + most_rows - 1) / most_rows, wanted);
+      task_rows_ = most<int64_t>(1, (p.out_height + tasks - 1) / tasks);
     }
     tasks_ = (p.out_height + task_rows_ - 1) / task_rows_;
-    slots_ = least(threads, p.batch * tasks_);
+    slots_ = by_channel_ ? threads : least(threads, p.batch * tasks_);
     Arena packed(p.packed), &weights = p.packed ? packed : arena_;
     conv_.take_weights(weights);
     packed_bytes_ = weights.used();
@@ -56,6 +63,18 @@ class PartialConvolution {
       parallel_for(p_.batch * height,
                    [&](int64_t i) { conv_.pack(i / height, i % height, 1, packed_, plane_, i); });
     }
+    if (by_channel_) {
+      parallel_shares(conv_.all_panels(), slots_, [&](int64_t begin, int64_t end, int64_t slot) {
+        for (int64_t b = 0; b < p_.batch; ++b) {
+          for (int64_t r = 0; r < p_.out_height; r += conv_.pass_rows()) {
+            const Unit* packed = packed_ + (b * height + conv_.first_row(r)) * conv_.row_units();
+            pass(b, r, least(conv_.pass_rows(), p_.out_height - r), packed, sums_ + slot * conv_.pass_sums(),
+                 begin, end, nullptr);
+          }
+        }
+      });
+      return;
+    }
     parallel_tasks(p_.batch * tasks_, slots_, [&](int64_t task, int64_t slot) {
       const int64_t b = task / tasks_, first = task % tasks_ * task_rows_;
       const int64_t rows = least(task_rows_, p_.out_height - first), first_row = conv_.first_row(first);
@@ -77,7 +96,7 @@ class PartialConvolution {
         }
         Ahead ahead = upcoming(task, r, conv_.asks(count));
         pass(b, first + r, count, packed + conv_.first_row(r) * conv_.row_units(),
-             sums_ + slot * conv_.pass_sums(), ahead);
+             sums_ + slot * conv_.pass_sums(), 0, conv_.all_panels(), &ahead);
       }
     });
   }
@@ -100,7 +119,9 @@ class PartialConvolution {
     return Ahead(at, rows * p_.width, stride[3] * size, p_.c_in * size, calls);
   }
 
-  void pass(int64_t b, int64_t first, int64_t rows, const Unit* packed, A* sums, Ahead& ahead) const {
+  // Panels [begin, end) of output rows [first, first + rows).
+  void pass(int64_t b, int64_t first, int64_t rows, const Unit* packed, A* sums, int64_t begin, int64_t end,
+            Ahead* ahead) const {
     T* y = static_cast<T*>(p_.y) + b * p_.y_stride[0] + first * p_.y_stride[2];
     const auto store = [&](int64_t channel, int64_t channels, const A* from) {
       for (int64_t r = 0; r < rows; ++r) {
@@ -109,7 +130,7 @@ class PartialConvolution {
                      Pixels<T>{to, p_.y_stride[1], p_.y_stride[3]});
       }
     };
-    conv_.compute(rows, packed, plane_, sums, ahead, store);
+    conv_.compute(rows, packed, plane_, sums, begin, end, ahead, store);
   }
 
   // The channels of x beside the slice. Where pixels are whole, the slice travels along and is overwritten.
@@ -144,11 +165,26 @@ class PartialConvolution {
   const PartialConv2dParams& p_;
   Convolution conv_;
   Arena arena_;
-  bool packs_first_ = false;
+  bool packs_first_ = false, by_channel_ = false;
   int64_t task_rows_ = 1, tasks_ = 1, slots_ = 1, packed_step_ = 0, plane_ = 0, packed_bytes_ = 0;
   Unit* packed_ = nullptr;
   A* sums_ = nullptr;
 };
+
+// A convolution of single pixels knows no images: where they lie one after the other they are the rows of
+// one.
+PartialConv2dParams joined(PartialConv2dParams p) {
+  const bool pixelwise =
+      p.kernel[0] * p.kernel[1] == 1 && p.stride[0] * p.stride[1] == 1 && p.padding[0] + p.padding[1] == 0;
+  const auto follow = [&](const int64_t* stride) {
+    return p.height == 1 || stride[0] == p.height * stride[2];
+  };
+  if (!pixelwise || p.in_place || !follow(p.x_stride) || !follow(p.y_stride)) return p;
+  if (p.height == 1) p.x_stride[2] = p.x_stride[0], p.y_stride[2] = p.y_stride[0];
+  p.height = p.out_height = p.batch * p.height;
+  p.batch = 1;
+  return p;
+}
 
 // f(convolution) with the arithmetic that serves p.
 template <class F>
@@ -171,7 +207,7 @@ auto with_convolution(const PartialConv2dParams& p, void* memory, const F& f) {
 }  // namespace
 
 size_t partial_conv2d_workspace(const PartialConv2dParams& p) {
-  return with_convolution(p, nullptr, [](const auto& convolution) { return convolution.bytes(); });
+  return with_convolution(joined(p), nullptr, [](const auto& convolution) { return convolution.bytes(); });
 }
 
 size_t partial_conv2d_packed_bytes(const PartialConv2dParams& p) {
@@ -183,7 +219,7 @@ void partial_conv2d_pack(const PartialConv2dParams& p) {
 }
 
 void partial_conv2d(const PartialConv2dParams& p) {
-  with_convolution(p, p.workspace, [](const auto& convolution) { convolution.run(); });
+  with_convolution(joined(p), p.workspace, [](const auto& convolution) { convolution.run(); });
 }
 
 }  // namespace tranche::cpu::TRANCHE_ISA

@@ -42,8 +42,8 @@ class SliceConvolution {
   // What all threads share: of the weights, which may outlive a call and know nothing of an image, and the
   // rest.
   void take_weights(Arena& arena) {
-    weights_ = arena.take<Unit>(groups_ * panels(group_out_) * panel_units());
-    biases_ = arena.take<A>(groups_ * panels(group_out_) * kPanel);
+    weights_ = arena.take<Unit>(all_panels() * panel_units());
+    biases_ = arena.take<A>(all_panels() * kPanel);
   }
   void take(Arena& arena) { offsets_ = arena.take<int64_t>(segments()); }
 
@@ -57,7 +57,7 @@ class SliceConvolution {
 
   // The weights of all groups as panels.
   void prepare_weights() const {
-    const int64_t count = groups_ * panels(group_out_);
+    const int64_t count = all_panels();
     const auto pack = [&](int64_t i) {
       const int64_t g = i / panels(group_out_), first = i % panels(group_out_) * kPanel;
       const int64_t inputs = depthwise_ ? 1 : group_in_;
@@ -117,10 +117,12 @@ class SliceConvolution {
     return groups_ * panels(group_out_) * rows * ((p_.out_width + block - 1) / block);
   }
 
-  // At most pass_rows() output rows from packed rows that begin at the first one needed. Calls
-  // epilogue(first output channel, channels, sums [rows * out_width][kPanel]).
+  int64_t all_panels() const { return groups_ * panels(group_out_); }
+
+  // Panels [begin, end) of at most pass_rows() output rows, from packed rows that begin at the first one
+  // needed. Calls epilogue(first output channel, channels, sums [rows * out_width][kPanel]) for each.
   template <class Epilogue>
-  void compute(int64_t rows, const Unit* packed, int64_t, A* sums, Ahead& ahead,
+  void compute(int64_t rows, const Unit* packed, int64_t, A* sums, int64_t begin, int64_t end, Ahead* ahead,
                const Epilogue& epilogue) const {
     Product<K> a{};
     a.step = p_.stride[1] * pixel_;
@@ -129,29 +131,27 @@ class SliceConvolution {
     a.segments = segments();
     a.depth = merged_ * depth_;
     a.out = sums;
-    a.ahead = &ahead;
+    a.ahead = ahead;
     a.runs = rows;
     a.pixels = p_.out_width;
     if (a.run_step == a.pixels * a.step) {  // rows that follow one another are one run
       a.pixels *= rows;
       a.runs = 1;
     }
-    a.fetch_ahead = groups_ * panels(group_out_) * panel_units() * int64_t(sizeof(Unit)) > kSecondLevel;
-    for (int64_t g = 0; g < groups_; ++g) {
-      for (int64_t first = 0; first < group_out_; first += kPanel) {
-        const int64_t live = least(kPanel, group_out_ - first);
-        const int64_t panel = g * panels(group_out_) + first / kPanel;
-        a.w = weights_ + panel * panel_units();
-        a.bias = biases_ + panel * kPanel;
-        if (depthwise_) {
-          a.x = packed + first;
-          depthwise(a, live);
-        } else {
-          a.x = packed + g * depth_;
-          product(a, live);
-        }
-        epilogue(g * group_out_ + first, live, static_cast<const A*>(sums));
+    a.fetch_ahead = all_panels() * panel_units() * int64_t(sizeof(Unit)) > kSecondLevel;
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t g = panel / panels(group_out_), first = panel % panels(group_out_) * kPanel;
+      const int64_t live = least(kPanel, group_out_ - first);
+      a.w = weights_ + panel * panel_units();
+      a.bias = biases_ + panel * kPanel;
+      if (depthwise_) {
+        a.x = packed + first;
+        depthwise(a, live);
+      } else {
+        a.x = packed + g * depth_;
+        product(a, live);
       }
+      epilogue(g * group_out_ + first, live, static_cast<const A*>(sums));
     }
   }
 

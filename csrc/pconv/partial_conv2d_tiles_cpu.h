@@ -126,11 +126,13 @@ class TileConvolution {
     return panels(p_.c_out) * most<int64_t>(1, rows * pitch() / block);
   }
 
-  // At most pass_rows() output rows from packed rows that begin at the first one needed. Calls
-  // epilogue(first output channel, channels, sums [rows][pitch()][kPanel]).
+  int64_t all_panels() const { return panels(p_.c_out); }
+
+  // Panels [begin, end) of at most pass_rows() output rows, from packed rows that begin at the first one
+  // needed. Calls epilogue(first output channel, channels, sums [rows][pitch()][kPanel]) for each.
   template <class Epilogue>
-  void compute(int64_t rows, const Unit* packed, int64_t plane, A* sums, Ahead& ahead,
-               const Epilogue& epilogue) const {
+  void compute(int64_t rows, const Unit* packed, int64_t plane, A* sums, int64_t begin, int64_t end,
+               Ahead* ahead, const Epilogue& epilogue) const {
     const Tiles tiles = tiles_of_depth(steps_.unit);
     TileProduct a{};
     a.x = packed;
@@ -143,9 +145,9 @@ class TileConvolution {
     a.overlap = steps_.overlap();
     a.depth = steps_.unit;
     a.out = sums;
-    a.ahead = &ahead;
+    a.ahead = ahead;
     a.blocks = ((rows - 1) * pitch() + p_.out_width + kTilePixels - 1) / kTilePixels;
-    for (int64_t panel = 0; panel < panels(p_.c_out); ++panel) {
+    for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t live = least(kPanel, p_.c_out - panel * kPanel);
       a.w = weights_ + panel * panel_units();
       a.bias = biases_ + panel * kPanel;

@@ -73,6 +73,10 @@ class PartialMlp {
     const int64_t tiles = round_up((p.height + most_rows - 1) / most_rows, wanted);
     tile_rows_ = (p.height + tiles - 1) / tiles;
     tile_images_ = tile_rows_ < p.height ? 1 : most<int64_t>(1, least(pixels / image, p.batch / threads));
+    if (tile_images_ > 1) {  // as many to each thread
+      const int64_t groups = round_up((p.batch + tile_images_ - 1) / tile_images_, threads);
+      tile_images_ = (p.batch + groups - 1) / groups;
+    }
     if (by_layer_) tile_rows_ = p.height, tile_images_ = p.batch;
     tiles_ = (p.height + tile_rows_ - 1) / tile_rows_;
     tasks_ = (p.batch + tile_images_ - 1) / tile_images_ * tiles_;
@@ -201,10 +205,10 @@ class PartialMlp {
       }
       const typename Math::Session session;
       Ahead y = memory_of(tile, p_.y, p_.y_stride, first_.asks(pixels));
-      for (int64_t panel = 0; panel < panels(p_.hidden); ++panel) hidden(pixels, panel, s, s.sums, y);
+      for (int64_t panel = 0; panel < panels(p_.hidden); ++panel) hidden(pixels, panel, s, s.sums, &y);
       if (p_.spatial_weight) scores(0, pixels, s);
       Ahead x = memory_of(tile_at(task + slots_), p_.x, p_.x_stride, second_.asks(pixels));
-      for (int64_t panel = 0; panel < panels(p_.channels); ++panel) outputs(tile, panel, s, s, x);
+      for (int64_t panel = 0; panel < panels(p_.channels); ++panel) outputs(tile, panel, s, s, &x);
     });
   }
 
@@ -223,17 +227,15 @@ class PartialMlp {
     parallel_shares(panels(p_.hidden), slots_, [&](int64_t begin, int64_t end, int64_t slot) {
       const typename Math::Session session;
       A* sums = scratch(slot).sums;
-      Ahead nothing;
-      for (int64_t panel = begin; panel < end; ++panel) hidden(pixels, panel, all, sums, nothing);
+      for (int64_t panel = begin; panel < end; ++panel) hidden(pixels, panel, all, sums, nullptr);
     });
     if (p_.spatial_weight) {
       parallel_tasks(lines, slots_, [&](int64_t line, int64_t) { scores(line * p_.width, p_.width, all); });
     }
     parallel_shares(panels(p_.channels), slots_, [&](int64_t begin, int64_t end, int64_t slot) {
       const typename Math::Session session;
-      Ahead nothing;
       for (int64_t panel = begin; panel < end; ++panel) {
-        outputs(tile, panel, all, scratch(slot), nothing);
+        outputs(tile, panel, all, scratch(slot), nullptr);
       }
     });
   }
@@ -244,7 +246,7 @@ class PartialMlp {
   }
 
   // A panel of h.
-  void hidden(int64_t pixels, int64_t panel, const Scratch& s, A* sums, Ahead& ahead) const {
+  void hidden(int64_t pixels, int64_t panel, const Scratch& s, A* sums, Ahead* ahead) const {
     first_.panel(s.u, pixels, panel, sums, ahead);
     const int64_t first = panel * kPanel, n = least(kPanel, p_.hidden - first);
     p_.activation == Activation::relu ? s.h.template activate<Activation::relu>(sums, pixels, first, n)
@@ -252,7 +254,7 @@ class PartialMlp {
   }
 
   // A panel of y, from h and scale in `s`, by way of what is in `own`.
-  void outputs(const Tile& tile, int64_t panel, const Scratch& s, const Scratch& own, Ahead& ahead) const {
+  void outputs(const Tile& tile, int64_t panel, const Scratch& s, const Scratch& own, Ahead* ahead) const {
     second_.panel(s.h, tile.images * tile.rows * p_.width, panel, own.sums, ahead);
     for (int64_t i = 0; i < tile.images * tile.rows; ++i) {
       finish(tile.b + i / tile.rows, tile.row + i % tile.rows, panel * kPanel,
@@ -270,13 +272,12 @@ class PartialMlp {
              kept(), p_.gate ? gates_ + b * kept() : nullptr);
     }
     conv_.pack(b, conv_.first_row(first), conv_.input_rows(rows), s.packed, s.plane, 0);
-    Ahead nothing;
-    const auto keep = [&](int64_t channel, int64_t channels, const A* sums) {
+    const auto store = [&](int64_t channel, int64_t channels, const A* sums) {
       for (int64_t r = 0; r < rows; ++r) {
         u.store(sums + r * conv_.pitch() * kPanel, at + r * width, width, channel, channels);
       }
     };
-    conv_.compute(rows, s.packed, s.plane, s.sums, nothing, keep);
+    conv_.compute(rows, s.packed, s.plane, s.sums, 0, conv_.all_panels(), nullptr, store);
   }
 
   // The spatial gate of pixels [first, first + count).

@@ -158,7 +158,7 @@ struct TileMath {
     int64_t asks(int64_t pixels) const {
       return panels(outputs) * most<int64_t>(1, pixels / (kTileBlocks<kPlanes, 2> * kTilePixels));
     }
-    void panel(const Rows& x, int64_t pixels, int64_t panel, A* sums, Ahead& ahead) const {
+    void panel(const Rows& x, int64_t pixels, int64_t panel, A* sums, Ahead* ahead) const {
       TileProduct a{};
       a.x = x.data;
       a.step = 16;
@@ -171,7 +171,7 @@ struct TileMath {
       a.bias = biases + panel * kPanel;
       a.out = sums;
       a.blocks = (pixels + kTilePixels - 1) / kTilePixels;
-      a.ahead = &ahead;
+      a.ahead = ahead;
       const int64_t live = least(kPanel, outputs - panel * kPanel);
       product<kPlanes>(a, live);
       mend<kPlanes>(a, 0, pixels, live);

@@ -122,7 +122,7 @@ struct VectorMath {
       return panels(outputs) * segments * (pixels + kBlockPixels<2> - 1) / kBlockPixels<2>;
     }
     // sums [pixels][kPanel] = panel of outputs of x.
-    void panel(const Rows& x, int64_t pixels, int64_t panel, A* sums, Ahead& ahead) const {
+    void panel(const Rows& x, int64_t pixels, int64_t panel, A* sums, Ahead* ahead) const {
       Product<K> a{};
       a.x = x.data;
       a.step = input_units();
@@ -135,7 +135,7 @@ struct VectorMath {
       a.runs = 1;
       a.pixels = pixels;
       a.fetch_ahead = panels(outputs) * panel_units() * int64_t(sizeof *a.w) > kSecondLevel;
-      a.ahead = &ahead;
+      a.ahead = ahead;
       product(a, least(kPanel, outputs - panel * kPanel));
     }
   };

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -91,6 +93,21 @@ def test_any_size_one_after_the_other():
     with torch.inference_mode():
         folded(torch.randn(1, 3, 40, 40))
     assert not folded.stages[4].blocks[0].attn.rpe_k.mask.is_inference()
+
+
+def test_a_large_batch_goes_in_pieces(monkeypatch):
+    folded = fold(randomise(tiny()).eval())
+    x = torch.randn(7, 3, 16, 24)
+    want = folded(x)
+    image = 16 * 8 * 12 * 4  # bytes of the first stage
+    for whole, piece in ((image, image), (6 * image, 3 * image), (image - 1, 1)):
+        module = importlib.import_module("tranche.pconv.fold")
+        monkeypatch.setattr(module, "WHOLE_BYTES", whole)
+        monkeypatch.setattr(module, "PIECE_BYTES", piece)
+        torch.testing.assert_close(folded(x), want)
+    with pytest.raises(ValueError, match="expected x of shape"):
+        folded(x[0])
+    assert folded(x[:0]).shape == (0, 5)
 
 
 def test_state_dict_round_trip():

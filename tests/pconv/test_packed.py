@@ -14,7 +14,7 @@ import torch
 from tests.pconv.convolutions import make_case, same_bits
 from tests.pconv.networks import randomise
 from tests.pconv.test_partial_mlp import BLOCKS, FLOATS, make_block
-from tranche import testing
+from tranche import _host, testing
 from tranche.pconv import PartialNet, conv2d_pack, conv2d_slice, fold, partial_mlp, partial_mlp_pack
 
 WEIGHTS = ("conv_weight", "w1", "b1", "w2", "b2")
@@ -169,7 +169,7 @@ def test_bad_weights(backend):
         conv2d_pack(weights[0], weights[1])
 
 
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="one instruction set")
+@pytest.mark.skipif(_host.build_info()["isa"] == "baseline", reason="no lower instruction set")
 def test_of_another_instruction_set(tmp_path):
     path, case = tmp_path / "packed.pt", make_case()
     script = (

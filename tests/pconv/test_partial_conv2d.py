@@ -200,6 +200,43 @@ def test_any_number_of_threads(dtype):
     assert all(same_bits(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize(
+    "options", [{"kernel": (1, 1), "width": 256}, {"groups": 2}, {"stride": 2, "out": 130}]
+)
+def test_few_pixels_of_many_channels(dtype, options):
+    """Threads share channels instead of pixels: the bits are those of a batch, whatever the threads."""
+    given = {"width": 128, "out": 256, "bias": True, "channels_last": True}
+    case = make_case(shape=(16, 256, 3, 3), dtype=dtype, **(given | options))
+    want = case.run(conv2d_slice)
+    assert_correct(case, want, "conv2d_slice")
+    case.x = case.x[5:6]
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert same_bits(case.run(conv2d_slice), want[5:6])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (4, 6)])
+def test_images_of_single_pixels_follow_one_another(backend, size):
+    case = make_case(shape=(5, 24, *size), width=20, out=33, kernel=(1, 1), start=2, device=backend.device)
+    for channels_last in (False, True):
+        if channels_last:
+            case.x = case.x.to(memory_format=torch.channels_last)
+        y = case.run(conv2d_slice)
+        assert_correct(case, y, "conv2d_slice")
+        whole = case.x
+        for b in range(5):
+            case.x = whole[b : b + 1]
+            assert same_bits(case.run(conv2d_slice), y[b : b + 1])
+        case.x = whole[::2]  # apart
+        assert same_bits(case.run(conv2d_slice), y[::2])
+        case.x = whole
+
+
 def test_start_and_width_are_run_time_values(backend):
     x = make_case(device=backend.device).x
     traces = 0

@@ -22,7 +22,7 @@ from tranche.pconv.dynamic import DPConv
 from tranche.pconv.modules import PartialConv
 from tranche.pconv.ops import channel_stats, conv2d_pack, conv2d_slice, partial_mlp, partial_mlp_pack
 from tranche.pconv.packed import KeepsPacked
-from tranche.pconv.partialnet import PartialBlock, PatchEmbed, PatchMerging
+from tranche.pconv.partialnet import PartialBlock, PartialNet, PatchEmbed, PatchMerging
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -59,6 +59,20 @@ class FoldedConv(KeepsPacked):
         return conv2d_slice(x, self.weight, self.bias, self.stride, self.padding, packed=packed)
 
 
+class FoldedLinear(FoldedConv):
+    """A linear layer on the same kernel, its rows images of one pixel: few rows lose less than in torch's products."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight[:, :, None, None], bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, n] or [B, n, 1, 1] to [B, m]."""
+        rows = x.flatten(1)
+        if torch.compiler.is_compiling():  # a graph is to say what this is
+            return F.linear(rows, self.weight.flatten(1), self.bias)
+        return super().forward(rows[:, :, None, None]).flatten(1)
+
+
 def _conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> FoldedConv:
     """A convolution with bias that is the two together."""
     scale, shift = _affine(norm)
@@ -67,24 +81,27 @@ def _conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> FoldedConv:
     return FoldedConv(_kept(weight, conv.weight), _kept(bias, conv.weight), conv.stride[0])
 
 
+def _linear(layer: nn.Module) -> nn.Module:
+    """A linear layer, or a 1x1 convolution of one pixel, as such; any other module as it is."""
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        return layer
+    weight, bias = layer.weight.detach().flatten(1), layer.bias
+    return FoldedLinear(_kept(weight, weight), None if bias is None else _kept(bias.detach(), weight))
+
+
 class FoldedGate(nn.Module):
     """hardsigmoid(W_m mean + W_s std + b) of the untouched channels: the gate of PAT_ch."""
-
-    weight: Tensor
-    bias: Tensor
 
     def __init__(self, gate: StyleGate, start: int) -> None:
         super().__init__()
         scale, shift = _affine(gate.bn)
         dense = gate.cfc1.weight
         both = dense.double().flatten(1, 2).movedim(2, 1).flatten(1) * scale[:, None]
-        self.register_buffer("weight", both.to(dense.dtype))
-        self.register_buffer("bias", shift.to(dense.dtype))
-        self.start = start
+        self.dense, self.start = FoldedLinear(_kept(both, dense), _kept(shift, dense)), start
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C - start]."""
-        return F.hardsigmoid(F.linear(torch.cat(channel_stats(x, self.start), dim=1), self.weight, self.bias))
+        return F.hardsigmoid(self.dense(torch.cat(channel_stats(x, self.start), dim=1)))
 
 
 class FoldedBlock(KeepsPacked):
@@ -236,6 +253,28 @@ class FoldedSelfBlock(FoldedBlock):
         return super().forward(torch.cat([mixed, untouched + self.attn(self.norm(untouched))], dim=1))
 
 
+WHOLE_BYTES, PIECE_BYTES = 16 << 20, 8 << 20  # of the first stage's activations
+
+
+class FoldedNet(PartialNet):
+    """A `PartialNet` of folded parts. On the CPU it takes a batch of large activations in pieces.
+
+    Those the caches hold, and the allocator uses their memory again: large ones it gives back to the system, and gets
+    page by page as zeros.
+    """
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[B, in_chans, H, W] to the last stage's [B, num_features, H', W']."""
+        if torch.compiler.is_compiling() or not x.is_cpu or x.dim() != 4:
+            return super().forward_features(x)
+        pixels = x.numel() // (self.in_chans * self.patch_size**2)
+        largest = pixels * self.feature_info[0]["num_chs"] * x.element_size()
+        if largest <= WHOLE_BYTES:
+            return super().forward_features(x)
+        pieces = x.chunk(-(-largest // PIECE_BYTES))
+        return torch.cat([super(FoldedNet, self).forward_features(piece) for piece in pieces])
+
+
 def _folded(module: nn.Module) -> nn.Module | None:
     if isinstance(module, PartialBlock):
         return (FoldedSelfBlock if isinstance(module.spatial_mixing, PATSelf) else FoldedBlock)(module)
@@ -274,4 +313,9 @@ def fold(model: nn.Module) -> nn.Module:
         replacement = _folded(module)
         if replacement is not None:
             folded.set_submodule(path, replacement)
+    if isinstance(folded, PartialNet):
+        folded.__class__ = FoldedNet
+        if not folded.features_only:
+            folded.avgpool_pre_head[1] = _linear(folded.avgpool_pre_head[1])
+            folded.head = _linear(folded.head)
     return folded.eval().requires_grad_(False)
