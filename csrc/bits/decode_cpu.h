@@ -217,6 +217,13 @@ TRANCHE_INLINE void decode_tile(const Streams& from, int64_t t, Rounding roundin
   }
 }
 
+// Where a row of tiles is read from end to end: what is asked for, in tiles ahead. In lines it is the same at
+// every precision: fewer come late, and twice as many drive one another out of L1 before they are used.
+TRANCHE_INLINE constexpr int64_t tiles_ahead(int planes) {
+  constexpr int kLines = 128;
+  return kLines / (planes > 0 ? planes : kTileBytes8 / 64);
+}
+
 // Brings a tile of later nearer, into all caches: so many streams at once are more than hardware foresees.
 template <class R>
 TRANCHE_INLINE void prefetch_tile(const Streams& from, int64_t t) {
@@ -314,7 +321,6 @@ static void decode_run(const Streams& from, int64_t begin, int64_t end, int64_t 
 template <class R>
 static void dot_run(const Streams& from, int64_t begin, int64_t end, Rounding rounding, const uint32_t* x,
                     uint32_t* totals) {
-  constexpr int64_t kAhead = 32;  // tiles
   constexpr int kChains = kParts == 1 ? kUnits : kParts == 2 ? 2 : 1;
   Bytes sum[kParts][kChains];
   constexpr bool in_place = R::planes == 3 && kChains == kUnits;  // a chain is of one place
@@ -324,7 +330,7 @@ static void dot_run(const Streams& from, int64_t begin, int64_t end, Rounding ro
     for (int c = 0; c < kChains; ++c) sum[i][c] = bset(0);
   }
   for (int64_t t = begin; t < end; ++t) {
-    prefetch_tile<R>(from, t + kAhead);
+    prefetch_tile<R>(from, t + tiles_ahead(R::planes));
     const uint32_t* words = x + (t - begin) * kUnits;
     decode_tile<R, in_place>(from, t, rounding, [&](int unit, int part, Bytes w) {
       sum[part][unit % kChains] = bdot(sum[part][unit % kChains], w, bspread(words[unit]));
