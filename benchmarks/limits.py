@@ -12,16 +12,17 @@ from tranche.limits import MathKind, limit_math, limit_read
 
 
 @functools.lru_cache(maxsize=1)
-def _pool(device: str) -> torch.Tensor:
-    words = min(4 * last_level_cache(device), 4 << 30) // 8
+def _pool(device: str, words: int) -> torch.Tensor:
     return torch.ones(words, dtype=torch.int64, device=device)
 
 
 def read_limit(device: str, size: int, repeats: int = 5) -> float:
     """Bytes per second at which `size` bytes are read from memory, cold."""
-    pool = _pool(device)
-    words = min(max(size // 8 // 8 * 8, 8), pool.numel())
-    parts = pool.numel() // words
+    rotation = min(4 * last_level_cache(device), 4 << 30) // 8
+    words = min(max(size // 8 // 8 * 8, 8), rotation)
+    # As many whole pieces as fill the rotation: one or two that do not would be read from the cache in part.
+    parts = max(2, -(-rotation // words))
+    pool = _pool(device, parts * words)
     timer = Timer(device, parts)
 
     def call(i: int) -> torch.Tensor:

@@ -248,8 +248,10 @@ static void multiply_group(const BitsLinearParams& p, const Activations& x, cons
   for (int64_t t = begin; t < end; t += kTiles) {
     const int64_t run_end = t + kTiles < end ? t + kTiles : end;
     // What is read next: of these rows of tiles, or of those after them.
-    const bool leaves = order == Order::down && run_end == p.w.input_tiles;
-    const int64_t ahead = leaves ? count * p.w.input_tiles - t : kTiles;
+    const bool leaves = run_end == p.w.input_tiles;
+    const int64_t ahead = order == Order::along ? tiles_ahead(p.w.planes)
+                          : leaves              ? count * p.w.input_tiles - t
+                                                : kTiles;
     Run run{};
     run.units = (run_end - t) * kUnits;
     for (int o = 0; o < count; ++o) {

@@ -99,8 +99,6 @@ constexpr int kUnits = 8;                        // units a tile
 
 static_assert(sizeof(Vec) == sizeof(Bytes), "a vector of floats holds the rows of a vector of bytes");
 
-TRANCHE_INLINE Bytes bmove(Bytes x, int left) { return left >= 0 ? bleft(x, left) : bright(x, -left); }
-
 // How a weight is read, as constants: single or guarded planes, how many bits of u, and whether to round
 // them.
 template <bool single_, int planes_, bool exact_>
@@ -118,60 +116,112 @@ struct Streams {
   int64_t plane;          // from an upper plane to the lower one
 };
 
-// Slice i of two bits of tile t, its 64 bytes of q = 0 and of q = 1. From single planes: one plane's even
-// bits are of q = 0, its odd bits of q = 1. A bit that is not read may be anything.
-template <class R, int i>
-TRANCHE_INLINE void load_two(const Streams& from, int64_t t, int64_t at, Bytes (&to)[2]) {
-  if constexpr (!R::single) {
-    to[0] = bload(from.two[i] + t * 128 + at);
-    to[1] = bload(from.two[i] + t * 128 + 64 + at);
-  } else {
-    const Bytes high = bload(from.two[i] + t * 64 + at);
-    to[0] = bleft(high, 1);
-    to[1] = high;
-    if constexpr (i + 1 < R::twos || R::whole) {
-      const Bytes low = bload(from.two[i] + from.plane + t * 64 + at);
-      to[0] = bselect(bset(0xaaaaaaaau), to[0], low);
-      to[1] = bselect(bset(0xaaaaaaaau), to[1], bright(low, 1));
-    }
-  }
+// 64 bytes of a tile as four fields of two bits a byte, inputs 4s .. 4s+3 in the field at bit 2s: by bits of
+// u, upper ones first, and by q. A pair is two neighbours of u whatever the slices; bits that are not read
+// may be anything.
+struct Pairs {
+  Bytes of[4][2];  // u7u6, u5u4, u3u2, u1u0
+  Bytes u5;        // of both q, as it was read
+};
+
+// Of two planes: one's even bits are of q = 0, its odd bits of q = 1.
+TRANCHE_INLINE void pair_planes(Bytes high, Bytes low, Bytes (&to)[2]) {
+  to[0] = bselect(bset(0xaaaaaaaau), bleft(high, 1), low);
+  to[1] = bselect(bset(0xaaaaaaaau), high, bright(low, 1));
 }
 
-// Tile t of a row of tiles: calls take(unit, part, bytes) for its units in turn.
-template <class R, class F>
+template <class R>
+TRANCHE_INLINE Pairs load_pairs(const Streams& from, int64_t t, int64_t at) {
+  Pairs pairs;
+  pairs.u5 = bload(from.one[0] + t * 64 + at);
+  if constexpr (R::single) {
+    const auto plane = [&](const uint8_t* stream) { return bload(stream + t * 64 + at); };
+    pair_planes(plane(from.two[0]), plane(from.two[0] + from.plane), pairs.of[0]);
+    if constexpr (R::planes > 3) pair_planes(pairs.u5, plane(from.two[1]), pairs.of[1]);
+    if constexpr (R::planes > 4) {
+      const Bytes u3 = plane(from.two[1] + from.plane);
+      pair_planes(u3, R::planes > 5 ? plane(from.two[2]) : u3, pairs.of[2]);
+    }
+    if constexpr (R::planes > 6) {
+      const Bytes u1 = plane(from.two[2] + from.plane);
+      pair_planes(u1, R::planes > 7 ? plane(from.one[1]) : u1, pairs.of[3]);
+    }
+    return pairs;
+  }
+  [[maybe_unused]] const Bytes upper = bset(0xaaaaaaaau);
+  [[maybe_unused]] Bytes u0;
+  if constexpr (R::planes > 7) u0 = bload(from.one[1] + t * 64 + at);
+#pragma GCC unroll 2
+  for (int q = 0; q < 2; ++q) {
+    const auto slice = [&](int i) { return bload(from.two[i] + t * 128 + 64 * q + at); };
+    pairs.of[0][q] = slice(0);
+    if constexpr (R::planes > 3) {
+      const Bytes u4u3 = slice(1);
+      pairs.of[1][q] = bselect(upper, q == 0 ? bleft(pairs.u5, 1) : pairs.u5, bright(u4u3, 1));
+      pairs.of[2][q] = bleft(u4u3, 1);
+    }
+    if constexpr (R::planes > 5) {
+      const Bytes u2u1 = slice(2);
+      pairs.of[2][q] = bselect(upper, pairs.of[2][q], bright(u2u1, 1));
+      pairs.of[3][q] = bleft(u2u1, 1);
+    }
+    if constexpr (R::planes > 7) {
+      pairs.of[3][q] = bselect(upper, pairs.of[3][q], q == 0 ? u0 : bright(u0, 1));
+    }
+  }
+  return pairs;
+}
+
+// Tile t of a row of tiles: calls take(unit, part, bytes) for its units in turn. Of three planes a field may
+// stay in its place, 6 - 2s bits too low.
+template <class R, bool in_place = false, class F>
 TRANCHE_INLINE void decode_tile(const Streams& from, int64_t t, Rounding rounding, const F& take) {
 #pragma GCC unroll 4
   for (int i = 0; i < kParts; ++i) {
-    const int64_t at = int(sizeof(Bytes)) * i;
-    Bytes bits76[2], bits43[2], bits21[2], bit0;
-    load_two<R, 0>(from, t, at, bits76);
-    const Bytes bit5 = bload(from.one[0] + t * 64 + at);
-    if constexpr (R::twos > 1) load_two<R, 1>(from, t, at, bits43);
-    if constexpr (R::twos > 2) load_two<R, 2>(from, t, at, bits21);
-    if constexpr (R::planes == 8) bit0 = bload(from.one[1] + t * 64 + at);
+    const Pairs pairs = load_pairs<R>(from, t, int(sizeof(Bytes)) * i);
 #pragma GCC unroll 2
     for (int q = 0; q < 2; ++q) {
+      const Bytes u76 = pairs.of[0][q];
       if constexpr (R::planes == 3) {
         // Four fields of two bits a byte: add the guard bit to those that are not 3, all at once.
-        const Bytes guard = band(q ? bright(bit5, 1) : bit5, bset(0x55555555u));
-        const Bytes rounded = badd(bits76[q], band_nand(guard, bits76[q], bright(bits76[q], 1)));
+        const Bytes guard = band(q == 0 ? pairs.u5 : bright(pairs.u5, 1), bset(0x55555555u));
+        const Bytes rounded = badd(u76, band_nand(guard, u76, bright(u76, 1)));
 #pragma GCC unroll 4
         for (int s = 0; s < 4; ++s) {
-          take(4 * q + s, i, band(bleft(rounded, 6 - 2 * s), bset(0xc0c0c0c0u)));
+          const int left = in_place ? 0 : 6 - 2 * s;
+          take(4 * q + s, i, band(bleft(rounded, left), bset(0x03030303u << (2 * s + left))));
         }
       } else {
+        // Halves of bytes, which an operation makes for two fields at once: s = 0 and 2, s = 1 and 3.
+        const Bytes u54 = pairs.of[1][q], fields = bset(0xccccccccu), halves = bset(0xf0f0f0f0u);
+        const Bytes high[2] = {bselect(fields, bleft(u76, 2), u54), bselect(fields, u76, bright(u54, 2))};
+        Bytes low[2];
+        if constexpr (R::planes > 4) {
+          const Bytes u32 = pairs.of[2][q];
+          low[0] = bleft(u32, 2);
+          low[1] = u32;
+          if constexpr (R::planes > 6) {
+            low[0] = bselect(fields, low[0], pairs.of[3][q]);
+            low[1] = bselect(fields, low[1], bright(pairs.of[3][q], 2));
+          }
+        }
 #pragma GCC unroll 4
         for (int s = 0; s < 4; ++s) {
-          Bytes x = bselect(bset(0xc0c0c0c0u), bleft(bits76[q], 6 - 2 * s), bmove(bit5, 5 - 2 * s - q));
-          x = bselect(bset(0xe0e0e0e0u), x, bmove(bits43[q], 3 - 2 * s));
-          if constexpr (R::twos > 2) x = bselect(bset(0xf8f8f8f8u), x, bmove(bits21[q], 1 - 2 * s));
-          if constexpr (R::planes == 8) x = bselect(bset(0xfefefefeu), x, bright(bit0, 2 * s + q));
+          Bytes x = s < 2 ? bleft(high[s % 2], 4) : high[s % 2];
+          if constexpr (R::planes > 4) x = bselect(halves, x, s < 2 ? low[s % 2] : bright(low[s % 2], 4));
           if constexpr (!R::exact) x = band(badd_saturated(x, bset(rounding.half)), bset(rounding.keep));
           take(4 * q + s, i, x);
         }
       }
     }
   }
+}
+
+// Where a row of tiles is read from end to end: what is asked for, in tiles ahead. In lines it is the same at
+// every precision: fewer come late, and twice as many drive one another out of L1 before they are used.
+TRANCHE_INLINE constexpr int64_t tiles_ahead(int planes) {
+  constexpr int kLines = 128;
+  return kLines / (planes > 0 ? planes : kTileBytes8 / 64);
 }
 
 // Brings a tile of later nearer, into all caches: so many streams at once are more than hardware foresees.
@@ -271,18 +321,18 @@ static void decode_run(const Streams& from, int64_t begin, int64_t end, int64_t 
 template <class R>
 static void dot_run(const Streams& from, int64_t begin, int64_t end, Rounding rounding, const uint32_t* x,
                     uint32_t* totals) {
-  constexpr int64_t kAhead = 32;  // tiles
   constexpr int kChains = kParts == 1 ? kUnits : kParts == 2 ? 2 : 1;
   Bytes sum[kParts][kChains];
+  constexpr bool in_place = R::planes == 3 && kChains == kUnits;  // a chain is of one place
 #pragma GCC unroll 4
   for (int i = 0; i < kParts; ++i) {
 #pragma GCC unroll 8
     for (int c = 0; c < kChains; ++c) sum[i][c] = bset(0);
   }
   for (int64_t t = begin; t < end; ++t) {
-    prefetch_tile<R>(from, t + kAhead);
+    prefetch_tile<R>(from, t + tiles_ahead(R::planes));
     const uint32_t* words = x + (t - begin) * kUnits;
-    decode_tile<R>(from, t, rounding, [&](int unit, int part, Bytes w) {
+    decode_tile<R, in_place>(from, t, rounding, [&](int unit, int part, Bytes w) {
       sum[part][unit % kChains] = bdot(sum[part][unit % kChains], w, bspread(words[unit]));
     });
   }
@@ -291,7 +341,8 @@ static void dot_run(const Streams& from, int64_t begin, int64_t end, Rounding ro
     uint32_t* total = totals + i * int(sizeof(Bytes)) / 4;
     Bytes all = bload(total);
 #pragma GCC unroll 8
-    for (int c = 0; c < kChains; ++c) all = badd(all, sum[i][c]);
+    for (int c = 0; c < kChains; ++c)
+      all = badd(all, in_place ? bleft(sum[i][c], 6 - 2 * (c % 4)) : sum[i][c]);
     bstore(total, all);
   }
 }

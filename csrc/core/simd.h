@@ -279,10 +279,10 @@ TRANCHE_INLINE void store16(half* p, Vec x, int n) {
 template <class T>
 TRANCHE_INLINE void row_to_float(const T* from, float* to, int n) {
 #if defined(__AVX512F__)
-  for (int i = 0; i < n; i += 16) {
-    const int left = n - i < 16 ? n - i : 16;
-    _mm512_mask_storeu_ps(to + i, __mmask16((1u << left) - 1u), load16(from + i, left));
-  }
+  int i = 0;
+  // Without a mask: what a masked store wrote can be loaded only once it has reached the cache.
+  for (; i + 16 <= n; i += 16) vstore(to + i, load16(from + i, 16));
+  if (i < n) store16(to + i, load16(from + i, n - i), n - i);
 #elif defined(__AVX2__)
   int i = 0;
   if constexpr (sizeof(T) == 2 && !__is_same(T, bf16)) {

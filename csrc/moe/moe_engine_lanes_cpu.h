@@ -9,8 +9,10 @@ namespace tranche::cpu::TRANCHE_ISA {
 // More rows than columns: the rows lie in L1, and the columns, which pass by from L2, are the fewer lines.
 #if defined(__AVX512F__)
 constexpr int kBlockRows = 8, kBlockColumns = 3;  // 24 accumulators of 32 registers
+constexpr int kRowColumns = 6;                    // that one row meets at once
 #else
 constexpr int kBlockRows = 4, kBlockColumns = 2;  // 8 of 16
+constexpr int kRowColumns = kBlockColumns;
 #endif
 
 // Where weights are asked for. Each line is read once from memory: it need not drive out what L2 and L3 hold,
@@ -139,7 +141,7 @@ template <class Lanes, class W, int kRows, int kColumns, bool kPartial>
 TRANCHE_INLINE void multiply_step(Slab<W> w, Slab<typename Lanes::Element> x, int64_t k, int left,
                                   Vec (&acc)[kColumns][kRows]) {
   typename Lanes::Operand column[kColumns];
-#pragma GCC unroll 3
+#pragma GCC unroll 6
   for (int c = 0; c < kColumns; ++c) column[c] = Lanes::load(x.first + c * x.stride + k);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -148,7 +150,7 @@ TRANCHE_INLINE void multiply_step(Slab<W> w, Slab<typename Lanes::Element> x, in
 #if defined(__AVX512F__)
     asm("" : "+v"(row));  // loaded once, not by each of the products
 #endif
-#pragma GCC unroll 3
+#pragma GCC unroll 6
     for (int c = 0; c < kColumns; ++c) acc[c][r] = Lanes::dot(row, column[c], acc[c][r]);
   }
 }
@@ -158,7 +160,7 @@ template <class Lanes, class W, int kRows, int kColumns>
 TRANCHE_INLINE void multiply_block(Slab<W> w, Slab<typename Lanes::Element> x, int depth, bool first,
                                    const Ahead& ahead, float* accumulators) {
   Vec acc[kColumns][kRows];
-#pragma GCC unroll 3
+#pragma GCC unroll 6
   for (int c = 0; c < kColumns; ++c) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -175,7 +177,7 @@ TRANCHE_INLINE void multiply_block(Slab<W> w, Slab<typename Lanes::Element> x, i
     multiply_step<Lanes, W, kRows, kColumns, false>(w, x, k, 0, acc);
   }
   if (whole < depth) multiply_step<Lanes, W, kRows, kColumns, true>(w, x, whole, int(depth - whole), acc);
-#pragma GCC unroll 3
+#pragma GCC unroll 6
   for (int c = 0; c < kColumns; ++c) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) vstore(accumulators + (c * kBlockRows + r) * kWidth, acc[c][r]);
@@ -247,8 +249,8 @@ class LaneEngine {
   // result[c][r] = <row first_row + r, column c>; rows beyond the matrix give 0. `next` is where the product
   // after this one will read, or null.
   //
-  // kBlockRows rows at a time stay in L1 for a chunk of k while the columns pass by. Columns of a single
-  // block make no second use of a row: they take few rows at a time, which the processor reads as long
+  // kBlockRows rows at a time stay in L1 for a chunk of k while the columns pass by. Columns that all fit
+  // beside one row make no second use of it: they take few rows at a time, which the processor reads as long
   // streams.
   template <class W>
   static void product(const Rows<W>& w, int first_row, const void* panels, int columns, float* result,
@@ -260,10 +262,10 @@ class LaneEngine {
     for (; r + kBlockRows <= rows; r += kBlockRows) {
       const bool more = rows == kTileRows && r + kBlockRows < kTileRows;
       const W* after = more ? w.row(first_row + r + kBlockRows) : next;
-      if (columns <= kBlockColumns) {
+      if (meet_at_once(columns, w.columns)) {
         for (int i = 0; i < kBlockRows; i += kStreams<W>) {
           const Slab<W> block{w.row(first_row + r + i), w.stride};
-          multiply_rows<kStreams<W>>(
+          multiply_rows<kStreams<W>, kRowColumns>(
               block, x, w.columns, columns, acc + i * kWidth,
               i + kStreams<W> < kBlockRows ? block.first + kStreams<W> * w.stride : after);
         }
@@ -293,6 +295,14 @@ class LaneEngine {
   template <class W>
   static constexpr int kStreams = kStepBytes<W> * kBlockRows < 64 ? kBlockRows : 64 / kStepBytes<W>;
 
+  // Whether rows meet all columns in one pass, which few columns do, and some more as long as L1 holds all of
+  // them beside the row.
+  TRANCHE_INLINE bool meet_at_once(int columns, int depth) {
+    constexpr int64_t kRoom = 32 << 10;
+    return columns <= kBlockColumns ||
+           (columns <= kRowColumns && columns * int64_t(depth) * int64_t(sizeof(Element)) <= kRoom);
+  }
+
   // Such rows in equal parts of a page at most, and each part asks for the next one.
   template <class W>
   static int part_of_row(int depth) {
@@ -308,10 +318,10 @@ class LaneEngine {
   static constexpr int kBlock = kBlockRows * kBlockColumns * kWidth;
   static constexpr int kAccumulators = kColumnBlocks * kBlock;
 
-  // The accumulators of kRows rows and all columns; `next` as above.
-  template <int kRows, class W>
+  // The accumulators of kRows rows and all columns, of which kAtOnce go together; `next` as above.
+  template <int kRows, int kAtOnce = kBlockColumns, class W>
   static void multiply_rows(Slab<W> w, Slab<Element> x, int depth, int columns, float* acc, const W* next) {
-    const int blocks = (columns + kBlockColumns - 1) / kBlockColumns;
+    const int blocks = (columns + kAtOnce - 1) / kAtOnce;
     const bool many = blocks > kFewBlocks;
     const int rows_at_once = blocks >= kRows ? 1 : (kRows + blocks - 1) / blocks;
     // sums go on where they stopped: the same bits
@@ -324,14 +334,14 @@ class LaneEngine {
       if (many) {
         for (int r = 0; r < kRows; ++r) stage(w.first + r * w.stride + k, length, staged + r * kStagedStride);
       }
-      for (int c = 0; c < columns; c += kBlockColumns) {
+      for (int c = 0; c < columns; c += kAtOnce) {
         const Ahead ahead{reinterpret_cast<const char*>(following + asked * w.stride),
                           w.stride * int64_t(sizeof(W)), Lanes::kStep * int64_t(sizeof(W)),
                           least(rows_at_once, kRows - asked)};
         asked += ahead.rows;
-        const int width = least(columns - c, kBlockColumns);
+        const int width = least(columns - c, kAtOnce);
         const Slab<Element> of_x{x.first + c * x.stride + k, x.stride};
-        float* sums = acc + c / kBlockColumns * kBlock;
+        float* sums = acc + c * kBlockRows * kWidth;
         if (many) {
           block<kRows>(width, Slab<Element>{staged, kStagedStride}, of_x, int(round_up(length, Lanes::kStep)),
                        k == 0, ahead, sums);
@@ -363,6 +373,16 @@ class LaneEngine {
         return multiply_block<Lanes, W, kRows, 3>(w, x, depth, first, ahead, acc);
 #endif
     }
+    if constexpr (kRows * kRowColumns <= kBlockRows * kBlockColumns) {
+      switch (columns) {
+        case 4:
+          return multiply_block<Lanes, W, kRows, 4>(w, x, depth, first, ahead, acc);
+        case 5:
+          return multiply_block<Lanes, W, kRows, 5>(w, x, depth, first, ahead, acc);
+        case 6:
+          return multiply_block<Lanes, W, kRows, 6>(w, x, depth, first, ahead, acc);
+      }
+    }
   }
 
   // result[c][0..kRows) of all columns, 16 sums at a time.
@@ -374,7 +394,7 @@ class LaneEngine {
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
         const int c = least(first + i / kRows, columns - 1);
-        vectors[i] = acc + c / kBlockColumns * kBlock + (c % kBlockColumns * kBlockRows + i % kRows) * kWidth;
+        vectors[i] = acc + (c * kBlockRows + i % kRows) * kWidth;
       }
       float sums[16];
       add_lanes(vectors, sums);

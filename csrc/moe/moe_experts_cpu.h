@@ -19,6 +19,16 @@ TRANCHE_INLINE float load_value(const T* p) {
   return to_float(*p);
 }
 
+// sum[r] += coefficient * values[r] for 16 rows, each operation rounded.
+TRANCHE_INLINE void add_scaled(float* sum, float coefficient, const float* values) {
+  for (int r = 0; r < kTileRows; r += kWidth) {
+    vstore(sum + r, vadd(vload(sum + r), vmul(vset(coefficient), vload(values + r))));
+  }
+}
+TRANCHE_INLINE void add_scaled(double* sum, double coefficient, const double* values) {
+  for (int r = 0; r < kTileRows; ++r) sum[r] += coefficient * values[r];
+}
+
 // f(begin, end, worker) on ranges that cover [0, tasks). Workers take what is left in shares that shrink to
 // one task: a range is consecutive, so its weights stream, and a processor that others slow down takes fewer.
 template <class F>
@@ -226,7 +236,7 @@ class Experts {
                 const Compute coefficient = coefficients[o * slots + slot];
                 if (coefficient == 0) continue;
                 Compute* sum = sums + (int64_t(o) * p_.tokens + slot / p_.top_k) * kTileRows;
-                for (int r = 0; r < kTileRows; ++r) sum[r] += coefficient * yields[c * kTileRows + r];
+                add_scaled(sum, coefficient, yields + c * kTileRows);
               }
             }
           }
