@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from benchmarks.timing import Timer, last_level_cache
+from benchmarks.timing import Call, Timer, last_level_cache
 from tranche.limits import MathKind, limit_math, limit_read
 
 
@@ -16,20 +16,26 @@ def _pool(device: str, words: int) -> torch.Tensor:
     return torch.ones(words, dtype=torch.int64, device=device)
 
 
-def read_limit(device: str, size: int, repeats: int = 5) -> float:
-    """Bytes per second at which `size` bytes are read from memory, cold."""
+def reader(device: str, size: int) -> Call:
+    """A call that reads `size` bytes from memory, others each time."""
     rotation = min(4 * last_level_cache(device), 4 << 30) // 8
     words = min(max(size // 8 // 8 * 8, 8), rotation)
     # As many whole pieces as fill the rotation: one or two that do not would be read from the cache in part.
     parts = max(2, -(-rotation // words))
     pool = _pool(device, parts * words)
-    timer = Timer(device, parts)
 
     def call(i: int) -> torch.Tensor:
-        return limit_read(pool[i * words : (i + 1) * words])
+        first = i % parts * words
+        return limit_read(pool[first : first + words])
 
+    return call
+
+
+def read_limit(device: str, size: int, repeats: int = 5) -> float:
+    """Bytes per second at which `size` bytes are read from memory."""
+    call, timer = reader(device, size), Timer(device, 2)
     timer.prepare(call)
-    return 8 * words / min(timer.seconds(call) for _ in range(repeats))
+    return size / min(timer.seconds(call) for _ in range(repeats))
 
 
 def math_limit(device: str, kind: MathKind, repeats: int = 8) -> float:
