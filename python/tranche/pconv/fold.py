@@ -253,14 +253,14 @@ class FoldedSelfBlock(FoldedBlock):
         return super().forward(torch.cat([mixed, untouched + self.attn(self.norm(untouched))], dim=1))
 
 
-WHOLE_BYTES, PIECE_BYTES = 16 << 20, 8 << 20  # of the first stage's activations
+PIECE_BYTES = 16 << 20  # of the first stage's activations
 
 
 class FoldedNet(PartialNet):
     """A `PartialNet` of folded parts. On the CPU it takes a batch of large activations in pieces.
 
-    Those the caches hold, and the allocator uses their memory again: large ones it gives back to the system, and gets
-    page by page as zeros.
+    Those stay in the last cache, and the allocator uses their memory again: large ones it gives back to the system, and
+    gets page by page as zeros.
     """
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -269,7 +269,7 @@ class FoldedNet(PartialNet):
             return super().forward_features(x)
         pixels = x.numel() // (self.in_chans * self.patch_size**2)
         largest = pixels * self.feature_info[0]["num_chs"] * x.element_size()
-        if largest <= WHOLE_BYTES:
+        if largest <= PIECE_BYTES:
             return super().forward_features(x)
         pieces = x.chunk(-(-largest // PIECE_BYTES))
         return torch.cat([super(FoldedNet, self).forward_features(piece) for piece in pieces])
