@@ -18,8 +18,8 @@ def _pool(device: str, words: int) -> torch.Tensor:
 
 def reader(device: str, size: int) -> Call:
     """A call that reads `size` bytes from memory, others each time."""
+    words = max(size // 64, 1) * 8
     rotation = min(4 * last_level_cache(device), 4 << 30) // 8
-    words = min(max(size // 8 // 8 * 8, 8), rotation)
     # As many whole pieces as fill the rotation: one or two that do not would be read from the cache in part.
     parts = max(2, -(-rotation // words))
     pool = _pool(device, parts * words)
