@@ -69,7 +69,7 @@ class PartialConvolution {
           for (int64_t r = 0; r < p_.out_height; r += conv_.pass_rows()) {
             const Unit* packed = packed_ + (b * height + conv_.first_row(r)) * conv_.row_units();
             pass(b, r, least(conv_.pass_rows(), p_.out_height - r), packed, sums_ + slot * conv_.pass_sums(),
-                 begin, end, nullptr);
+                 begin, end);
           }
         }
       });
@@ -94,34 +94,16 @@ class PartialConvolution {
           conv_.pack(b, first_row + done, needed - done, memory, plane_, done);
           done = needed;
         }
-        Ahead ahead = upcoming(task, r, conv_.asks(count));
         pass(b, first + r, count, packed + conv_.first_row(r) * conv_.row_units(),
-             sums_ + slot * conv_.pass_sums(), 0, conv_.all_panels(), &ahead);
+             sums_ + slot * conv_.pass_sums(), 0, conv_.all_panels());
       }
     });
   }
 
  private:
-  // What will be read of x when pass `r` of a task is over: its next pass's rows, or those of the task that
-  // this thread is likely to take then; in place, where whole images are packed at once, that task's rows in
-  // time. Only slices of whole pixels, which lie apart: what is read in order the hardware foresees.
-  Ahead upcoming(int64_t task, int64_t r, int64_t calls) const {
-    const int64_t* stride = p_.x_stride;
-    const bool slices = stride[1] == 1 && stride[3] > p_.c_in && stride[2] == p_.width * stride[3];
-    if (packs_first_ || p_.copies || p_.stride[0] != 1 || !slices) return Ahead();
-    const int64_t passed = r + conv_.pass_rows();
-    const bool next = p_.in_place || passed >= task_rows_;
-    if (next) task += slots_;
-    if (task >= p_.batch * tasks_) return Ahead();
-    const int64_t row = task % tasks_ * task_rows_ + (p_.in_place ? r : next ? 0 : passed);
-    const int64_t rows = least(conv_.pass_rows(), p_.out_height - row), size = sizeof(T);
-    const T* at = static_cast<const T*>(p_.x) + task / tasks_ * stride[0] + row * stride[2] + p_.start;
-    return Ahead(at, rows * p_.width, stride[3] * size, p_.c_in * size, calls);
-  }
-
   // Panels [begin, end) of output rows [first, first + rows).
-  void pass(int64_t b, int64_t first, int64_t rows, const Unit* packed, A* sums, int64_t begin, int64_t end,
-            Ahead* ahead) const {
+  void pass(int64_t b, int64_t first, int64_t rows, const Unit* packed, A* sums, int64_t begin,
+            int64_t end) const {
     T* y = static_cast<T*>(p_.y) + b * p_.y_stride[0] + first * p_.y_stride[2];
     const auto store = [&](int64_t channel, int64_t channels, const A* from) {
       for (int64_t r = 0; r < rows; ++r) {
@@ -130,7 +112,7 @@ class PartialConvolution {
                      Pixels<T>{to, p_.y_stride[1], p_.y_stride[3]});
       }
     };
-    conv_.compute(rows, packed, plane_, sums, begin, end, ahead, store);
+    conv_.compute(rows, packed, plane_, sums, begin, end, store);
   }
 
   // The channels of x beside the slice. Where pixels are whole, the slice travels along and is overwritten.

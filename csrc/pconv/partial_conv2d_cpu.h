@@ -111,18 +111,12 @@ class SliceConvolution {
     }
   }
 
-  // How often computing `rows` rows asks for memory ahead.
-  int64_t asks(int64_t rows) const {
-    const int64_t block = group_out_ > K::kLanes ? kBlockPixels<2> : kBlockPixels<1>;
-    return groups_ * panels(group_out_) * rows * ((p_.out_width + block - 1) / block);
-  }
-
   int64_t all_panels() const { return groups_ * panels(group_out_); }
 
   // Panels [begin, end) of at most pass_rows() output rows, from packed rows that begin at the first one
   // needed. Calls epilogue(first output channel, channels, sums [rows * out_width][kPanel]) for each.
   template <class Epilogue>
-  void compute(int64_t rows, const Unit* packed, int64_t, A* sums, int64_t begin, int64_t end, Ahead* ahead,
+  void compute(int64_t rows, const Unit* packed, int64_t, A* sums, int64_t begin, int64_t end,
                const Epilogue& epilogue) const {
     Product<K> a{};
     a.step = p_.stride[1] * pixel_;
@@ -131,7 +125,6 @@ class SliceConvolution {
     a.segments = segments();
     a.depth = merged_ * depth_;
     a.out = sums;
-    a.ahead = ahead;
     a.runs = rows;
     a.pixels = p_.out_width;
     if (a.run_step == a.pixels * a.step) {  // rows that follow one another are one run

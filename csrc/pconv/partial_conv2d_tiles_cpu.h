@@ -121,18 +121,13 @@ class TileConvolution {
     }
   }
 
-  int64_t asks(int64_t rows) const {
-    const int64_t block = kTilePixels * (p_.c_out > 16 ? kTileBlocks<kPlanes, 2> : kTileBlocks<kPlanes, 1>);
-    return panels(p_.c_out) * most<int64_t>(1, rows * pitch() / block);
-  }
-
   int64_t all_panels() const { return panels(p_.c_out); }
 
   // Panels [begin, end) of at most pass_rows() output rows, from packed rows that begin at the first one
   // needed. Calls epilogue(first output channel, channels, sums [rows][pitch()][kPanel]) for each.
   template <class Epilogue>
   void compute(int64_t rows, const Unit* packed, int64_t plane, A* sums, int64_t begin, int64_t end,
-               Ahead* ahead, const Epilogue& epilogue) const {
+               const Epilogue& epilogue) const {
     const Tiles tiles = tiles_of_depth(steps_.unit);
     TileProduct a{};
     a.x = packed;
@@ -145,7 +140,6 @@ class TileConvolution {
     a.overlap = steps_.overlap();
     a.depth = steps_.unit;
     a.out = sums;
-    a.ahead = ahead;
     a.blocks = ((rows - 1) * pitch() + p_.out_width + kTilePixels - 1) / kTilePixels;
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t live = least(kPanel, p_.c_out - panel * kPanel);

@@ -277,7 +277,7 @@ class PartialMlp {
         u.store(sums + r * conv_.pitch() * kPanel, at + r * width, width, channel, channels);
       }
     };
-    conv_.compute(rows, s.packed, s.plane, s.sums, 0, conv_.all_panels(), nullptr, store);
+    conv_.compute(rows, s.packed, s.plane, s.sums, 0, conv_.all_panels(), store);
   }
 
   // The spatial gate of pixels [first, first + count).
