@@ -121,8 +121,8 @@ struct DotLanes {
 };
 #endif
 
-// What a block asks for on its way: lines of rows that are read next.
-struct Ahead {
+// What a block asks for on its way: lines of the rows that are read next, at every step of k.
+struct LinesAhead {
   const char* first;
   int64_t stride;  // bytes, as is `advance`, of one step
   int64_t advance;
@@ -158,7 +158,7 @@ TRANCHE_INLINE void multiply_step(Slab<W> w, Slab<typename Lanes::Element> x, in
 // accumulators[c][r] += w[r] * x[c], lane by lane, for kRows rows and kColumns columns.
 template <class Lanes, class W, int kRows, int kColumns>
 TRANCHE_INLINE void multiply_block(Slab<W> w, Slab<typename Lanes::Element> x, int depth, bool first,
-                                   const Ahead& ahead, float* accumulators) {
+                                   const LinesAhead& ahead, float* accumulators) {
   Vec acc[kColumns][kRows];
 #pragma GCC unroll 6
   for (int c = 0; c < kColumns; ++c) {
@@ -335,9 +335,9 @@ class LaneEngine {
         for (int r = 0; r < kRows; ++r) stage(w.first + r * w.stride + k, length, staged + r * kStagedStride);
       }
       for (int c = 0; c < columns; c += kAtOnce) {
-        const Ahead ahead{reinterpret_cast<const char*>(following + asked * w.stride),
-                          w.stride * int64_t(sizeof(W)), Lanes::kStep * int64_t(sizeof(W)),
-                          least(rows_at_once, kRows - asked)};
+        const LinesAhead ahead{reinterpret_cast<const char*>(following + asked * w.stride),
+                               w.stride * int64_t(sizeof(W)), Lanes::kStep * int64_t(sizeof(W)),
+                               least(rows_at_once, kRows - asked)};
         asked += ahead.rows;
         const int width = least(columns - c, kAtOnce);
         const Slab<Element> of_x{x.first + c * x.stride + k, x.stride};
@@ -362,7 +362,7 @@ class LaneEngine {
 
   template <int kRows, class W>
   TRANCHE_INLINE void block(int columns, Slab<W> w, Slab<Element> x, int depth, bool first,
-                            const Ahead& ahead, float* acc) {
+                            const LinesAhead& ahead, float* acc) {
     switch (columns) {
       case 1:
         return multiply_block<Lanes, W, kRows, 1>(w, x, depth, first, ahead, acc);
