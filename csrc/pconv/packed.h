@@ -10,7 +10,7 @@
 namespace tranche {
 
 struct PackedHeader {
-  static constexpr int32_t kLayout = 1;  // raise it when any product wants its weights in another order
+  static constexpr int32_t kLayout = 2;  // raise it when any product wants its weights in another order
 
   char mark[8] = {'t', 'r', 'a', 'n', 'c', 'h', 'e', 0};
   int64_t bytes = 0;  // that follow
@@ -46,8 +46,9 @@ class Packing {
     return const_cast<char*>(data<char>(packed)) + sizeof(PackedHeader);
   }
 
-  // The weights in `packed`, or null where there are none.
-  void* checked(const std::optional<Tensor>& packed) const {
+  // The weights in `packed`, or null where there are none. They are `bytes()` long.
+  template <class F>
+  void* checked(const std::optional<Tensor>& packed, [[maybe_unused]] const F& bytes) const {
     if (!packed) return nullptr;
     check_.same_device("packed", *packed, "the weights", weight_);
     if (packed->numel() == 0) return nullptr;
@@ -57,9 +58,9 @@ class Packing {
         concat("Make it anew with tranche.pconv.", maker_, " on this machine, or leave it out.");
     check_.contiguous("packed", *packed);
     PackedHeader got;
-    const int64_t bytes = packed->numel() - int64_t(sizeof got);
-    if (bytes >= 0) std::memcpy(&got, packed->const_data_ptr(), sizeof got);
-    check_.that(bytes == got.bytes && std::memcmp(got.mark, header_.mark, sizeof got.mark) == 0,
+    const int64_t there = packed->numel() - int64_t(sizeof got);
+    if (there >= 0) std::memcpy(&got, packed->const_data_ptr(), sizeof got);
+    check_.that(there == got.bytes && std::memcmp(got.mark, header_.mark, sizeof got.mark) == 0,
                 concat("packed made by ", maker_), "other bytes", remedy);
     check_.that(
         got.isa == header_.isa && got.layout == header_.layout,
@@ -68,6 +69,8 @@ class Packing {
     check_.that(got.type == header_.type && std::memcmp(got.sizes, header_.sizes, sizeof got.sizes) == 0,
                 "packed made of these weights", "that of others, by dtype, sizes, stride, dilation or groups",
                 remedy);
+    const int64_t wanted = bytes();
+    check_.that(there == wanted, concat("packed with ", wanted, " bytes of weights"), there, remedy);
     return weights(*packed);
 #else
     check_.that(false, "packed without elements", shape_text(*packed),

@@ -194,6 +194,25 @@ void partial_conv2d_(Tensor x, const Tensor& weight, const std::optional<Tensor>
   run(params, a, dense, x);
 }
 
+#if defined(TRANCHE_BACKEND_CPU)
+// Of an image of one pixel: what is packed serves any.
+PartialConv2dParams packing_params(const Arguments& a, const Tensor& weight) {
+  PartialConv2dParams p = weight_params(a, weight);
+  p.padding[0] = p.padding[1] = 0;
+  p.batch = 1;
+  p.height = p.width = p.out_height = p.out_width = 1;
+  return p;
+}
+#endif
+
+int64_t packed_bytes([[maybe_unused]] const Arguments& a, [[maybe_unused]] const Tensor& weight) {
+#if defined(TRANCHE_BACKEND_CPU)
+  return int64_t(KERNEL(partial_conv2d_packed_bytes)(packing_params(a, weight)));
+#else
+  return 0;
+#endif
+}
+
 Packing packing_of(const TensorChecks& check, const Arguments& a) {
   return Packing(check, "conv2d_pack", a.weight,
                  {a.weight.size(0), a.weight.size(1), a.weight.size(2), a.weight.size(3), a.groups,
@@ -216,7 +235,7 @@ Tensor conv2d_slice(const Tensor& x, const Tensor& weight, const std::optional<T
                  : empty_on(x, {x.size(0), weight.size(0), height, width}, x.scalar_type());
   const Tensor dense = torch::stable::contiguous(weight);
   PartialConv2dParams params = make_params(a, dense, y);
-  params.packed = packing_of(check, a).checked(packed);
+  params.packed = packing_of(check, a).checked(packed, [&] { return packed_bytes(a, dense); });
   if (y.numel() == 0) return y;
   params.y = y.mutable_data_ptr();
   run(params, a, dense, y);
@@ -231,10 +250,8 @@ Tensor conv2d_pack(const Tensor& weight, const std::optional<Tensor>& bias, IntL
   check_weight(check, a, "weight", weight);
 #if defined(TRANCHE_BACKEND_CPU)
   const Tensor dense = torch::stable::contiguous(weight);
-  PartialConv2dParams p = weight_params(a, dense);
-  p.batch = 1;
-  p.height = p.width = p.out_height = p.out_width = 1;  // any image serves
-  const Tensor packed = packing_of(check, a).make(int64_t(KERNEL(partial_conv2d_packed_bytes)(p)));
+  PartialConv2dParams p = packing_params(a, dense);
+  const Tensor packed = packing_of(check, a).make(packed_bytes(a, dense));
   const Tensor workspace = empty_on(weight, {int64_t(KERNEL(partial_conv2d_workspace)(p))}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
   p.packed = Packing::weights(packed);

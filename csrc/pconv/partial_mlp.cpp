@@ -77,6 +77,24 @@ struct DenseWeights {
   }
 };
 
+#if defined(TRANCHE_BACKEND_CPU)
+// Of an image of one pixel: what is packed serves any.
+PartialMlpParams packing_params(const Weights& w, const DenseWeights& dense) {
+  PartialMlpParams p = dense.params(w);
+  p.batch = 1;
+  p.height = p.width = 1;
+  return p;
+}
+#endif
+
+int64_t packed_bytes([[maybe_unused]] const Weights& w, [[maybe_unused]] const DenseWeights& dense) {
+#if defined(TRANCHE_BACKEND_CPU)
+  return int64_t(KERNEL(partial_mlp_packed_bytes)(packing_params(w, dense)));
+#else
+  return 0;
+#endif
+}
+
 Packing packing_of(const TensorChecks& check, const Weights& w) {
   return Packing(check, "partial_mlp_pack", w.b1, {w.b2.size(0), w.convolved(), w.hidden()});
 }
@@ -107,7 +125,7 @@ Tensor partial_mlp(const Tensor& x, const Tensor& conv_weight, const Tensor& w1,
 
   const DenseWeights dense(weights);
   PartialMlpParams p = dense.params(weights);
-  p.packed = packing_of(check, weights).checked(packed);
+  p.packed = packing_of(check, weights).checked(packed, [&] { return packed_bytes(weights, dense); });
   Tensor y = torch::stable::empty_like(x);
   if (y.numel() == 0) return y;
   p.x = x.const_data_ptr();
@@ -141,10 +159,8 @@ Tensor partial_mlp_pack(const Tensor& conv_weight, const Tensor& w1, const Tenso
   check_weights(check, weights, b2.size(0), "b2", b2);
 #if defined(TRANCHE_BACKEND_CPU)
   const DenseWeights dense(weights);
-  PartialMlpParams p = dense.params(weights);
-  p.batch = 1;
-  p.height = p.width = 1;  // any image serves
-  const Tensor packed = packing_of(check, weights).make(int64_t(KERNEL(partial_mlp_packed_bytes)(p)));
+  PartialMlpParams p = packing_params(weights, dense);
+  const Tensor packed = packing_of(check, weights).make(packed_bytes(weights, dense));
   const Tensor workspace = empty_on(b2, {int64_t(KERNEL(partial_mlp_workspace)(p))}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
   p.packed = Packing::weights(packed);

@@ -83,11 +83,13 @@ class PartialMlp {
     slots_ = by_layer_ ? threads : least(threads, tasks_);
     Arena packed(p.packed), &weights = p.packed ? packed : arena_;
     conv_.take_weights(weights);
-    first_.take(weights);
-    second_.take(weights);
+    first_.take_weights(weights);
+    second_.take_weights(weights);
     b2_ = weights.template take<A>(panels(p.channels) * kPanel);
     packed_bytes_ = weights.used();
     conv_.take(arena_);
+    first_.take(arena_);
+    second_.take(arena_);
     gates_ = arena_.template take<A>(p.gate ? p.batch * kept() : 0);
     spatial_ = arena_.template take<A>(p.spatial_weight ? p.hidden : 0);
     packers_ = least(threads, panels(p.hidden) + panels(p.channels));
@@ -103,8 +105,6 @@ class PartialMlp {
   // The weights in the order of the products.
   void prepare_weights() const {
     conv_.prepare_weights();
-    first_.prepare();
-    second_.prepare();
     const int64_t count = panels(p_.hidden), all = count + panels(p_.channels);
     const auto pack = [&](int64_t i, int64_t slot) {
       Unit* scratch = pack_scratch_ + slot * pack_scratch_units_;
@@ -186,6 +186,8 @@ class PartialMlp {
   void prepare() const {
     if (!p_.packed) prepare_weights();
     conv_.prepare();
+    first_.prepare();
+    second_.prepare();
     if (p_.gate) widen_all(p_.gate, p_.batch * kept(), gates_);
     if (p_.spatial_weight) widen_all(p_.spatial_weight, p_.hidden, spatial_);
   }

@@ -139,11 +139,11 @@ struct TileMath {
     int64_t input_units() const { return steps() * 16; }
     int64_t pixel_bytes() const { return input_units() * kPlanes * int64_t(sizeof(Unit)); }
     int64_t panel_units() const { return steps() * kPlanes * 2 * kTileUnits; }
-    void take(Arena& arena) {
-      offsets = arena.take<int64_t>(steps());
+    void take_weights(Arena& arena) {
       weights = arena.take<Unit>(panels(outputs) * panel_units());
       biases = arena.take<A>(panels(outputs) * kPanel);
     }
+    void take(Arena& arena) { offsets = arena.take<int64_t>(steps()); }
     int64_t scratch_units() const { return input_units() * 2 * kPanel; }
     void prepare() const {
       for (int64_t s = 0; s < steps(); ++s) offsets[s] = s * kPlanes * kTileUnits;

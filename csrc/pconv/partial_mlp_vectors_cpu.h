@@ -99,11 +99,11 @@ struct VectorMath {
     int64_t input_units() const { return segments * depth; }
     int64_t pixel_bytes() const { return input_units() * int64_t(sizeof(Unit)); }
     int64_t panel_units() const { return input_units() * kPanel; }
-    void take(Arena& arena) {
-      offsets = arena.take<int64_t>(segments);
+    void take_weights(Arena& arena) {
       weights = arena.take<Unit>(panels(outputs) * panel_units());
       biases = arena.take<A>(panels(outputs) * kPanel);
     }
+    void take(Arena& arena) { offsets = arena.take<int64_t>(segments); }
     static int64_t scratch_units() { return 0; }
     void prepare() const {
       for (int64_t s = 0; s < segments; ++s) offsets[s] = s * depth;

@@ -13,7 +13,6 @@
 namespace tranche::cpu::TRANCHE_ISA {
 
 constexpr int64_t kPanel = 32;  // outputs that are computed, and whose weights are stored, together
-constexpr int64_t kPieceBytes = 32 << 10;  // bytes of weights that a first-level cache keeps beside the rest
 constexpr int64_t kSecondLevel =
     512 << 10;  // bytes of weights that a second-level cache keeps beside the rest
 
@@ -100,7 +99,7 @@ struct Product {
   typename K::A* out;         // [runs][pixels][kPanel]
   int64_t runs, pixels;
   bool fetch_ahead;  // the weights of all panels exceed the second-level cache, and lie one after the other
-  Ahead* ahead;      // what else to ask for, a product_blocks(pixels)-th of it at a time; or null
+  Ahead* ahead;      // what else to ask for, some of it beside each block; or null
 };
 
 // Pixels that a block of a product takes, with kVectors of outputs: sums, weights and one value of x fill 32
@@ -188,6 +187,7 @@ static void product_columns(const Product<K>& a, int64_t segment, int64_t segmen
 // pieces that stay in the first-level cache while all pixels pass by.
 template <class K>
 static void product(const Product<K>& a, int64_t columns) {
+  constexpr int64_t kPieceBytes = 32 << 10;
   const int64_t segment_bytes = a.depth * kPanel * int64_t(sizeof(typename K::Unit));
   const int64_t piece = most<int64_t>(1, kPieceBytes / most<int64_t>(1, segment_bytes));
   for (int64_t column = 0; column < columns; column += 2 * K::kLanes) {

@@ -152,6 +152,18 @@ def test_refused():
         run(packed)
 
 
+def test_a_damaged_one_reads_nothing_outside():
+    """A header that lies about what follows, and a body of any bytes."""
+    case, block = make_case(), make_block()
+    packed = pack(case)[:-64].clone()
+    packed[8:16].view(torch.int64).sub_(64)
+    with pytest.raises(ValueError, match=r"packed with \d+ bytes of weights, got \d+\. Make it anew"):
+        case.run(lambda *args, **kw: conv2d_slice(*args, **kw, packed=packed))
+    block.options["packed"] = pack_block(block)
+    block.options["packed"][64:] = 0x7F
+    assert block.run().shape == block.tensors["x"].shape
+
+
 def test_bad_weights(backend):
     block = make_block(device=backend.device)
     weights = [block.tensors[name] for name in WEIGHTS]
