@@ -109,6 +109,16 @@ def test_a_large_batch_goes_in_pieces(monkeypatch):
     assert folded(x[:0]).shape == (0, 5)
 
 
+def test_a_class_of_its_own_stays():
+    class Doubled(PartialNet):
+        def forward_features(self, x):
+            return 2 * super().forward_features(x)
+
+    model = randomise(Doubled(3, 5, 16, (1, 1), patch_size=2, feature_dim=24)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(fold(model)(x), model(x))
+
+
 def test_state_dict_round_trip():
     model = randomise(tiny(spatial_attention=True)).eval()
     folded, other = fold(model), fold(randomise(tiny(spatial_attention=True)))
