@@ -7,15 +7,20 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.pconv.convolutions import make_case, same_bits
 from tests.pconv.networks import randomise
 from tests.pconv.test_partial_mlp import BLOCKS, FLOATS, make_block
 from tranche import _host, testing
 from tranche.pconv import PartialNet, conv2d_pack, conv2d_slice, fold, partial_mlp, partial_mlp_pack
+from tranche.pconv.fold import FoldedConv
 
 WEIGHTS = ("conv_weight", "w1", "b1", "w2", "b2")
 CONVOLUTIONS = {
@@ -220,7 +225,7 @@ def test_a_network_keeps_its_own(network):
     assert all(a is b for a, b in zip(kept(network), before, strict=True))
     with torch.inference_mode():
         network(torch.randn(1, 3, 16, 16))
-    assert not any(t.is_inference() for _, t in kept(network))
+    assert not any(k.packed.is_inference() for k in kept(network))
 
 
 def test_a_network_follows_its_weights(network):
@@ -243,6 +248,54 @@ def test_a_network_follows_its_weights(network):
     assert torch.equal(network(x), copy.deepcopy(other)(x))
     network.double()
     assert not kept(network) and network(x.double()).dtype == torch.float64
+
+
+@pytest.fixture
+def convolution():
+    return FoldedConv(torch.randn(8, 4, 3, 3), torch.randn(8), padding=1)
+
+
+def assert_follows(module, x):
+    torch.testing.assert_close(module(x), F.conv2d(x, module.weight, module.bias, padding=1))
+
+
+def test_what_is_kept_is_of_no_other_tensor(convolution):
+    """Tensors that come and go have the same ids."""
+    x = torch.randn(1, 4, 5, 5)
+    convolution(x)
+    for _ in range(5):
+        weight = torch.randn(8, 4, 3, 3)
+        want = F.conv2d(x, weight, convolution.bias, padding=1)
+        torch.testing.assert_close(torch.func.functional_call(convolution, {"weight": weight}, (x,)), want)
+        del weight
+    for _ in range(5):
+        del convolution.weight
+        convolution.register_buffer("weight", torch.randn(8, 4, 3, 3))
+        assert_follows(convolution, x)
+    convolution.weight.data = torch.randn(8, 4, 3, 3)
+    assert_follows(convolution, x)
+
+
+def test_whoever_watches_sees_the_weights(convolution):
+    x = torch.randn(1, 4, 5, 5)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert convolution(mode.from_tensor(x)).shape == (1, 8, 5, 5)
+    graph = make_fx(convolution, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+    assert "conv2d_pack" not in graph.code
+    others = [copy.deepcopy(convolution) for _ in range(3)]
+    for i, other in enumerate(others):
+        other.weight.mul_(i)
+    weights = torch.func.stack_module_state(others)
+
+    def call(*weights):
+        return torch.func.functional_call(convolution, weights, (x,))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing, which is old, and of images one after the other
+        assert "conv2d_pack" not in str(torch.jit.trace(convolution, x).graph)
+        together = torch.func.vmap(call)(*weights)
+    torch.testing.assert_close(together, torch.stack([other(x) for other in others]))
+    assert_follows(convolution, x)
 
 
 def test_a_network_elsewhere(network):

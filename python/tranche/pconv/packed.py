@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,29 +12,54 @@ from torch import Tensor, nn
 from tranche import _library
 
 
+class _Kept(NamedTuple):
+    weights: list[weakref.ref[Tensor]]  # no ids: that of a tensor which is gone may be another's
+    states: list[tuple[int, int]]
+    packed: Tensor
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    """What changes when `weight` is given other memory or written to."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+def _is_watched() -> bool:
+    """Whether someone records or replaces the ops that are called."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
 class KeepsPacked(nn.Module):
     """A module that keeps its weights in the order of the CPU's kernels, from the first call that wants them so.
 
     What is kept belongs to this process and processor. It is no part of the module's state: copies, pickles, moves and
-    `load_state_dict` leave it behind, and it is made anew when a weight is another tensor or was written to. A graph
-    that is traced (compiled, exported) takes the weights as they are.
+    `load_state_dict` leave it behind, and it is made anew when a weight is another tensor, has other memory or was
+    written to. Writing past torch's versions goes unseen: through `.data` or NumPy, or to tensors of inference mode.
+    Whoever traces (compiles, exports), dispatch modes and the transforms of torch.func get the weights as they are.
     """
 
-    _kept: tuple[list[tuple[int, int]], Tensor] | None = None
+    _kept: _Kept | None = None
 
     def packed(self, pack: Callable[..., Tensor], *weights: Tensor | None, **options: Any) -> Tensor | None:
         """pack(*weights, **options), kept; none where kernels take weights as they lie."""
-        if torch.compiler.is_compiling() or _library.active() != _library.NAMESPACES[0]:
+        if _is_watched() or _library.active() != _library.NAMESPACES[0]:
             return None
         given = [w for w in weights if w is not None]
         if not given[0].is_cpu:
             return None
-        # tensors of inference mode have no version: writing to them goes unseen
-        now = [(id(w), 0 if w.is_inference() else w._version) for w in given]
-        if self._kept is None or self._kept[0] != now:
+        try:
+            states = [_state(w) for w in given]
+        except RuntimeError:  # what a transform wraps has no memory of its own
+            return None
+        kept = self._kept  # read once: another thread may be here too
+        if (
+            kept is None
+            or kept.states != states
+            or any(r() is not w for r, w in zip(kept.weights, given, strict=True))
+        ):
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = now, pack(*weights, **options)
-        return self._kept[1]
+                kept = _Kept([weakref.ref(w) for w in given], states, pack(*weights, **options))
+            self._kept = kept
+        return kept.packed
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._kept = None
