@@ -101,9 +101,13 @@ def test_a_large_batch_goes_in_pieces(monkeypatch):
     want = folded(x)
     image = 16 * 8 * 12 * 4  # bytes of the first stage
     module = importlib.import_module("tranche.pconv.fold")
-    for piece in (7 * image, 3 * image, image, 1):
+    sizes = []
+    folded.patch_embed.register_forward_pre_hook(lambda _, args: sizes.append(args[0].size(0)))
+    for piece, taken in ((7 * image, [7]), (3 * image, [3, 3, 1]), (image, [1] * 7), (1, [1] * 7)):
         monkeypatch.setattr(module, "PIECE_BYTES", piece)
+        sizes.clear()
         torch.testing.assert_close(folded(x), want)
+        assert sizes == taken
     with pytest.raises(ValueError, match="expected x of shape"):
         folded(x[0])
     assert folded(x[:0]).shape == (0, 5)

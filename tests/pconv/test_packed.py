@@ -99,6 +99,15 @@ def test_without_elements_is_without(backend):
     )
 
 
+def test_without_memory_there_is_nothing_to_pack():
+    case, block = make_case(), make_block()
+    weights = [block.tensors[name].to("meta") for name in WEIGHTS]
+    for packed in (conv2d_pack(case.weight.to("meta")), partial_mlp_pack(*weights)):
+        assert packed.is_meta and packed.shape == (0,) and packed.dtype == torch.uint8
+    y = conv2d_slice(case.x.to("meta"), case.weight.to("meta"), packed=conv2d_pack(case.weight.to("meta")))
+    assert y.shape == conv2d_slice(case.x, case.weight).shape
+
+
 def test_gradients():
     block = make_block(dtype=torch.float64, gated=True)
     packed = pack_block(block)

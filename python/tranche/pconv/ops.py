@@ -272,7 +272,9 @@ def _(
 
 
 def _packed(like: Tensor) -> Tensor:
-    """Of a size that the processor decides."""
+    """Of a size that the processor decides; without elements where weights are read as they lie."""
+    if like.device.type != "cpu":
+        return like.new_empty(0, dtype=torch.uint8)
     return like.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
