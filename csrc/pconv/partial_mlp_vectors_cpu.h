@@ -119,7 +119,8 @@ struct VectorMath {
     }
     // How often all panels' products ask for what comes after them.
     int64_t asks(int64_t pixels) const {
-      return panels(outputs) * segments * (pixels + kBlockPixels<2> - 1) / kBlockPixels<2>;
+      const int64_t pieces = (segments + piece_segments<K>(depth) - 1) / piece_segments<K>(depth);
+      return panels(outputs) * pieces * (pixels + kBlockPixels<2> - 1) / kBlockPixels<2>;
     }
     // sums [pixels][kPanel] = panel of outputs of x.
     void panel(const Rows& x, int64_t pixels, int64_t panel, A* sums, Ahead* ahead) const {

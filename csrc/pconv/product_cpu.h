@@ -183,13 +183,19 @@ static void product_columns(const Product<K>& a, int64_t segment, int64_t segmen
   }
 }
 
+// Segments whose weights stay in the first-level cache.
+template <class K>
+TRANCHE_INLINE int64_t piece_segments(int64_t depth) {
+  constexpr int64_t kPieceBytes = 32 << 10;
+  const int64_t segment_bytes = depth * kPanel * int64_t(sizeof(typename K::Unit));
+  return most<int64_t>(1, kPieceBytes / most<int64_t>(1, segment_bytes));
+}
+
 // The panel's first `columns` outputs; what is written beyond them is of no meaning. Weights are taken in
 // pieces that stay in the first-level cache while all pixels pass by.
 template <class K>
 static void product(const Product<K>& a, int64_t columns) {
-  constexpr int64_t kPieceBytes = 32 << 10;
-  const int64_t segment_bytes = a.depth * kPanel * int64_t(sizeof(typename K::Unit));
-  const int64_t piece = most<int64_t>(1, kPieceBytes / most<int64_t>(1, segment_bytes));
+  const int64_t piece = piece_segments<K>(a.depth);
   for (int64_t column = 0; column < columns; column += 2 * K::kLanes) {
     for (int64_t s = 0; s < a.segments; s += piece) {
       const int64_t count = least(piece, a.segments - s);
