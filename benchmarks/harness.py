@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.limits import math_limit, reader
-from benchmarks.timing import Call, Sample, Timer, compare, last_level_cache
+from benchmarks.timing import ROTATION_LIMIT, Call, Sample, Timer, compare, last_level_cache
 
 
 @dataclass
@@ -90,9 +90,6 @@ class Result:
         return missed
 
 
-ROTATION_LIMIT = 4 << 30  # bytes that rotating buffers may take
-
-
 def measure(row: Row, family: str, device: str, wanted: set[str] | None, repeats: int) -> Result:
     """Check, then time one row against its baselines and the machine's limits."""
     rotation = min(4 * last_level_cache(device), ROTATION_LIMIT)
@@ -125,7 +122,7 @@ def measure(row: Row, family: str, device: str, wanted: set[str] | None, repeats
         sample = Sample.of(pairs)
         ratios[name] = (sample.median, sample.low, sample.high)
     moved = row.bytes_read + row.bytes_written
-    read = reader(device, moved)
+    read = reader(device, moved, buffers)
     timer.prepare(read)
     # Between two calls of ours, as a baseline is: memory's speed changes from one second to the next.
     seconds, _, pairs = compare(timer, workload.ours, read, repeats)

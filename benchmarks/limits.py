@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from benchmarks.timing import Call, Timer, last_level_cache
+from benchmarks.timing import ROTATION_LIMIT, Call, Timer, last_level_cache
 from tranche.limits import MathKind, limit_math, limit_read
 
 
@@ -16,12 +16,10 @@ def _pool(device: str, words: int) -> torch.Tensor:
     return torch.ones(words, dtype=torch.int64, device=device)
 
 
-def reader(device: str, size: int) -> Call:
-    """A call that reads `size` bytes from memory, others each time."""
+def reader(device: str, size: int, parts: int) -> Call:
+    """A call that reads `size` bytes: of `parts` pieces, or as many as memory is taken for, those that it is told."""
     words = max(size // 64, 1) * 8
-    rotation = min(4 * last_level_cache(device), 4 << 30) // 8
-    # As many whole pieces as fill the rotation: one or two that do not would be read from the cache in part.
-    parts = max(2, -(-rotation // words))
+    parts = max(2, min(parts, ROTATION_LIMIT // (8 * words)))
     pool = _pool(device, parts * words)
 
     def call(i: int) -> torch.Tensor:
@@ -33,7 +31,8 @@ def reader(device: str, size: int) -> Call:
 
 def read_limit(device: str, size: int, repeats: int = 5) -> float:
     """Bytes per second at which `size` bytes are read from memory."""
-    call, timer = reader(device, size), Timer(device, 2)
+    parts = max(2, -(-4 * last_level_cache(device) // size))
+    call, timer = reader(device, size, parts), Timer(device, parts)
     timer.prepare(call)
     return size / min(timer.seconds(call) for _ in range(repeats))
 

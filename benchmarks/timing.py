@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 Call = Callable[[int], object]  # called with the number of the buffer to use
+ROTATION_LIMIT = 4 << 30  # bytes that rotating buffers may take
 
 
 @dataclass(frozen=True)
