@@ -123,6 +123,13 @@ def test_a_class_of_its_own_stays():
     torch.testing.assert_close(fold(model)(x), model(x))
 
 
+def test_a_new_classifier():
+    folded = fold(randomise(PartialNet(embed_dim=16, depths=(1, 1, 1, 1))).double())
+    folded.reset_classifier(5)
+    y = folded(torch.randn(2, 3, 64, 64, dtype=torch.float64))
+    assert y.shape == (2, 5) and y.dtype == torch.float64
+
+
 def test_state_dict_round_trip():
     model = randomise(tiny(spatial_attention=True)).eval()
     folded, other = fold(model), fold(randomise(tiny(spatial_attention=True)))

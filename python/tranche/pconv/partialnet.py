@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -276,7 +277,9 @@ class PartialNet(nn.Module):
         if global_pool not in (None, "avg"):
             raise ValueError(f"tranche.PartialNet: expected global_pool 'avg', got {global_pool!r}.")
         self.num_classes = num_classes
-        like = self.patch_embed.proj.weight
+        like = next(
+            itertools.chain(self.patch_embed.parameters(), self.patch_embed.buffers())
+        )  # folded or not
         self.head = (
             nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
             if num_classes
