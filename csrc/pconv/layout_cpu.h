@@ -90,7 +90,7 @@ struct Pixels {
 template <class T, class X>
 static void load_pixels(const Pixels<const T>& from, int64_t pixels, int64_t channels, X* to, int64_t step) {
   if (from.channel == 1) {
-    const bool dense = from.pixel == channels && step == channels;
+    const bool dense = from.pixel == channels && step == channels && channels * pixels < int64_t(1) << 31;
     if (dense) channels *= pixels, pixels = 1;
     for (int64_t i = 0; i < pixels; ++i) load_row(from.data + i * from.pixel, to + i * step, channels);
     return;
