@@ -270,6 +270,64 @@ static void multiply_group(const BitsLinearParams& p, const Activations& x, cons
   }
 }
 
+#if defined(__AVX512F__)
+// Tiles [begin, end) of a row of tiles times one row of x, of which x is what meets the first: adds to the
+// totals of 16 outputs. Weights meet x as they are decoded, and in registers; the chains are those of
+// multiply_along.
+template <class R, class Engine>
+static void meet_run(const Engine& engine, const Streams& from, int64_t begin, int64_t end, Rounding rounding,
+                     const uint32_t* x, uint32_t* totals) {
+  constexpr int64_t kBlockTiles = Engine::kBlockUnits / kUnits;
+  const auto meet = [&](int64_t t, typename Engine::Sum& sum) {
+    prefetch_tile<R>(from, t + tiles_ahead(R::planes));
+    const uint32_t* words = x + (t - begin) * kUnits * Engine::kSteps;
+    decode_tile<R>(from, t, rounding, [&](int unit, int, Bytes w) {
+#pragma GCC unroll 4
+      for (int j = 0; j < Engine::kSteps; ++j) {
+        const typename Engine::Input input = Engine::input(words[unit * Engine::kSteps + j]);
+        sum = Engine::multiply_add(sum, engine.weights(w, j), input);
+      }
+    });
+  };
+  constexpr int kChains = chains(1);
+  int64_t t = begin;
+  for (; t + kChains * kBlockTiles <= end; t += kChains * kBlockTiles) {
+    typename Engine::Sum sum[kChains];
+#pragma GCC unroll 4
+    for (int o = 0; o < kChains; ++o) sum[o] = Engine::zero();
+    for (int64_t i = 0; i < kBlockTiles; ++i) {
+#pragma GCC unroll 4
+      for (int o = 0; o < kChains; ++o) meet(t + o * kBlockTiles + i, sum[o]);
+    }
+#pragma GCC unroll 4
+    for (int o = 0; o < kChains; ++o) Engine::add_to(totals, sum[o]);
+  }
+  for (; t < end; t += kBlockTiles) {
+    typename Engine::Sum sum = Engine::zero();
+    for (int64_t i = t; i < end && i < t + kBlockTiles; ++i) meet(i, sum);
+    Engine::add_to(totals, sum);
+  }
+}
+
+// What multiply_group does, for one row of x and one row of tiles.
+template <class Engine>
+static void meet_group(const BitsLinearParams& p, const Activations& x, const Engine& engine,
+                       const Scratch& s, int64_t group, int64_t row_tile, int64_t first) {
+  const int64_t tiles = p.groups == 1 ? p.w.input_tiles : p.w.in_features / p.groups / kTileInputs;
+  const int64_t stride = x.padded_inputs / 4 * Engine::kSteps, begin = group * tiles;
+  const uint32_t* of_group =
+      static_cast<const uint32_t*>(x.x) + first * stride + begin * kUnits * Engine::kSteps;
+  __builtin_memset(s.totals, 0, 64);
+  with_reading(p.w, [&](auto reading) {
+    using R = decltype(reading);
+    if constexpr (R::planes >= Engine::kMeetsFrom) {
+      meet_run<R>(engine, streams_of(p.w, row_tile * p.w.input_tiles), begin, begin + tiles,
+                  rounding_of_bits(p.w.bits), of_group, s.totals);
+    }
+  });
+}
+#endif
+
 // A group's totals, scaled, go to y.
 static void scale_group(const BitsLinearParams& p, const Activations& x, const Scratch& s, int64_t group,
                         int64_t row_tile, int count, int64_t first, int64_t rows) {
@@ -304,6 +362,20 @@ static void finish(const BitsLinearParams& p, const Activations& x, const Scratc
   }
 }
 
+template <class Engine, Order order>
+TRANCHE_INLINE void multiply_or_meet(const BitsLinearParams& p, const Activations& x, const Engine& engine,
+                                     const Scratch& s, int64_t group, int64_t row_tile, int count,
+                                     int64_t first, int64_t rows) {
+#if defined(__AVX512F__)
+  if constexpr (order == Order::along && Engine::kMeetsFrom < kNever) {
+    if (rows == 1 && p.w.planes >= Engine::kMeetsFrom) {
+      return meet_group(p, x, engine, s, group, row_tile, first);
+    }
+  }
+#endif
+  multiply_group<Engine, order>(p, x, engine, s, group, row_tile, count, first, rows);
+}
+
 // All rows of x with the rows of tiles [row_tile, row_tile + count).
 template <class Engine, Order order>
 static void multiply_step(const BitsLinearParams& p, const Activations& x, const Engine& engine,
@@ -312,7 +384,7 @@ static void multiply_step(const BitsLinearParams& p, const Activations& x, const
     const int64_t rows = p.rows - first < s.rows ? p.rows - first : s.rows;
     __builtin_memset(s.y, 0, size_t(64 * count * s.rows));
     for (int64_t g = 0; g < p.groups; ++g) {
-      multiply_group<Engine, order>(p, x, engine, s, g, row_tile, count, first, rows);
+      multiply_or_meet<Engine, order>(p, x, engine, s, g, row_tile, count, first, rows);
       if (p.kind != LinearKind::integers) scale_group(p, x, s, g, row_tile, count, first, rows);
     }
     finish(p, x, s, row_tile, count, first, rows);

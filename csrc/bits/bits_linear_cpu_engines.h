@@ -3,6 +3,10 @@
 // that the step is about, the same for all rows. kBlockUnits units are one chain of additions, which is then
 // added to a total: the shorter, the smaller the error of a sum of floats. With kAnyOrder chains may be cut
 // elsewhere.
+//
+// From kMeetsFrom planes on a single row of x meets weights in registers, as they are decoded. With fewer, or
+// where a weight takes many operations, the chains of sums are longer than what a processor looks ahead:
+// bytes wait in L1 meanwhile.
 #pragma once
 
 #include "bits/bits_linear_cpu.h"
@@ -12,6 +16,8 @@ namespace tranche::cpu::TRANCHE_ISA {
 constexpr int64_t kFloatRunTiles = 8;
 static_assert(kFloatRunTiles * kTileInputs % kBf16Block == 0 && kBf16Block % kFloatBlock == 0,
               "runs are of blocks");
+
+constexpr int kNever = 9;  // planes
 
 // Integer activations: dot products of four bytes. A word is four codes.
 struct IntegerEngine {
@@ -23,6 +29,7 @@ struct IntegerEngine {
   static constexpr int kBlockUnits = kRunTiles * kUnits;
   static constexpr bool kAnyOrder = true;
   static constexpr bool kPrepares = false;  // weights are used as they are decoded
+  static constexpr int kMeetsFrom = kNever;
 
   explicit IntegerEngine(const PackedWeight&) {}
   Weight weights(Bytes unit, int) const { return unit; }
@@ -43,6 +50,7 @@ struct FloatEngine {
   static constexpr int kBlockUnits = kFloatBlock / 4;
   static constexpr bool kAnyOrder = false;
   static constexpr bool kPrepares = true;
+  static constexpr int kMeetsFrom = 7;
 
   explicit FloatEngine(const PackedWeight&) {}
   // Byte j of every lane, less 128, as float: the byte becomes the low mantissa of 2^23.
@@ -74,6 +82,7 @@ struct Bf16Engine {
   static constexpr int kBlockUnits = kBf16Block / 4;
   static constexpr bool kAnyOrder = false;
   static constexpr bool kPrepares = true;
+  static constexpr int kMeetsFrom = few_bits ? 3 : kNever;
   static constexpr int kMostBitsOfTable = 5;  // what an index into 32 words holds
 
   explicit Bf16Engine(const PackedWeight&) {
