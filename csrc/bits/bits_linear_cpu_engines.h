@@ -4,9 +4,9 @@
 // added to a total: the shorter, the smaller the error of a sum of floats. With kAnyOrder chains may be cut
 // elsewhere.
 //
-// From kMeetsFrom planes on a single row of x meets weights in registers, as they are decoded. With fewer, or
-// where a weight takes many operations, the chains of sums are longer than what a processor looks ahead:
-// bytes wait in L1 meanwhile.
+// From kMeetsFrom planes on a single row of floats meets weights in registers, as they are decoded. With
+// fewer, or where a weight takes many operations, the chains of sums are longer than what a processor looks
+// ahead: bytes wait in L1 meanwhile. Integers, whose sums have no order, always meet so, by way of dot_tiles.
 #pragma once
 
 #include "bits/bits_linear_cpu.h"

@@ -36,7 +36,8 @@ void check_weight(const TensorChecks& check, const Arguments& a, Phrase name, co
   check.dtype("weight", a.weight, {like.scalar_type()});
   check.same_device("weight", a.weight, name, like);
   for (int i = 0; i < 4; ++i) {
-    check.that(a.weight.size(i) <= INT32_MAX, "sizes below 2^31", "more", "Cut the weight in pieces.");
+    check.that(a.weight.size(i) <= INT32_MAX, "sizes of weight below 2^31", shape_text(a.weight),
+               "Cut the weight in pieces.");
   }
   check.that(a.weight.numel() > 0, "a weight with elements", shape_text(a.weight),
              "Give at least one channel.");
@@ -54,7 +55,8 @@ void check_weight(const TensorChecks& check, const Arguments& a, Phrase name, co
 void check_arguments(const TensorChecks& check, const Arguments& a) {
   check.dim("x", a.x, 4, "[B, C, H, W]");
   for (int i = 0; i < 4; ++i) {
-    check.that(a.x.size(i) <= INT32_MAX, "sizes below 2^31", "more", "Cut the input in pieces.");
+    check.that(a.x.size(i) <= INT32_MAX, "sizes of x below 2^31", shape_text(a.x),
+               "Cut the input in pieces.");
   }
   check_weight(check, a, "x", a.x);
   const int64_t width = a.weight.size(1) * a.groups;

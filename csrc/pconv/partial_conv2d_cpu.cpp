@@ -24,7 +24,6 @@ class PartialConvolution {
   PartialConvolution(const PartialConv2dParams& p, void* memory) : p_(p), conv_(p), arena_(memory) {
     const int64_t threads = num_threads();
     const bool image_tasks = p.in_place && (p.batch >= threads || !conv_.packs_apart());
-    constexpr int64_t kWeightsOfPixel = 4096;
     const int64_t weights_of_output = int64_t(p.c_in) / p.groups * p.kernel[0] * p.kernel[1];
     by_channel_ = !p.in_place && !p.copies && conv_.packs_apart() &&
                   p.batch * p.out_height * p.out_width <= weights_of_output * p.c_out / kWeightsOfPixel;

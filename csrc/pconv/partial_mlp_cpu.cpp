@@ -63,7 +63,7 @@ class PartialMlp {
         arena_(memory) {
     // A tile is some rows of an image, or several small images: so many pixels that weights are worth
     // reading, and no more than the second-level cache can hold of u and h.
-    constexpr int64_t kMostPixels = 224, kTileBytes = 2 << 20, kWeightsOfPixel = 4096;
+    constexpr int64_t kMostPixels = 224, kTileBytes = 2 << 20;
     const int64_t threads = num_threads(), image = p.height * p.width;
     const int64_t pixel_bytes = first_.pixel_bytes() + second_.pixel_bytes();
     const int64_t pixels = least(kMostPixels, most<int64_t>(1, kTileBytes / pixel_bytes));

@@ -5,14 +5,16 @@
 // depends on nothing but its own inputs, whatever block it was computed in and however the chain was cut.
 #pragma once
 
-#include "core/ahead.h"
 #include "core/arena.h"
 #include "core/constant.h"
+#include "pconv/ahead_cpu.h"
 #include "pconv/layout_cpu.h"
 
 namespace tranche::cpu::TRANCHE_ISA {
 
 constexpr int64_t kPanel = 32;  // outputs that are computed, and whose weights are stored, together
+// Where a layer has so many weights for each pixel, or more, threads share its outputs instead of the pixels.
+constexpr int64_t kWeightsOfPixel = 4096;
 constexpr int64_t kSecondLevel =
     512 << 10;  // bytes of weights that a second-level cache keeps beside the rest
 

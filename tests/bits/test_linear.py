@@ -133,6 +133,18 @@ def test_rows_do_not_depend_on_their_neighbours(backend, activation_bits, group_
             assert torch.equal(part, whole[-count:])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("inputs", "group_size"), [(40, None), (1500, None), (2336, None), (2304, 1152)])
+def test_a_row_alone_at_every_precision(dtype, layout, inputs, group_size):
+    """It may meet weights in registers: blocks several at once, one at a time, and cut short."""
+    packed, scale = make_weight(35, inputs, group_size, layout=layout)
+    x = torch.randn(9, inputs).to(dtype)
+    for width in ALL_BITS:
+        whole = bits.linear(x, packed, scale, width)
+        assert torch.equal(bits.linear(x[4:5], packed, scale, width), whole[4:5])
+
+
 def test_any_number_of_threads():
     packed, scale = make_weight(600, 512)
     x = torch.randn(9, 512)

@@ -45,36 +45,47 @@ def pack_block(block):
     return partial_mlp_pack(*(block.tensors[name] for name in WEIGHTS))
 
 
-@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
-@pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolution(backend, name, dtype):
-    if dtype == torch.float64 and backend.name != "cpu":
-        return
-    case = make_case(dtype=dtype, channels_last=True, device=backend.device, **CONVOLUTIONS[name])
+def check_convolution(name, dtype, device, packs):
+    case = make_case(dtype=dtype, channels_last=True, device=device, **CONVOLUTIONS[name])
     packed = pack(case)
-    assert packed.dtype == torch.uint8 and (packed.numel() > 0) == (backend.name == "cpu")
+    assert packed.dtype == torch.uint8 and (packed.numel() > 0) == packs
     want = case.run(conv2d_slice)
     assert same_bits(case.run(lambda *args, **kw: conv2d_slice(*args, **kw, packed=packed)), want)
     # of any image, and instead of the weights
     case.x = torch.cat([case.x, case.x.flip(3)], dim=3)[:, :, 1:]
     want = case.run(conv2d_slice)
-    if backend.name == "cpu":
+    if packs:
         case.weight = torch.zeros_like(case.weight)
     assert same_bits(case.run(lambda *args, **kw: conv2d_slice(*args, **kw, packed=packed)), want)
 
 
-@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
-@pytest.mark.parametrize("name", BLOCKS)
-def test_block(backend, name, dtype):
-    if dtype == torch.float64 and backend.name != "cpu":
-        return
-    block = make_block(dtype=dtype, channels_last=True, device=backend.device, **BLOCKS[name])
+def check_block(name, dtype, device, packs):
+    block = make_block(dtype=dtype, channels_last=True, device=device, **BLOCKS[name])
     want = block.run()
     block.options["packed"] = pack_block(block)
     assert same_bits(block.run(), want)
-    if backend.name == "cpu":
+    if packs:
         block.tensors |= {name: torch.zeros_like(block.tensors[name]) for name in WEIGHTS}
         assert same_bits(block.run(), want)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution(backend, name, dtype):
+    check_convolution(name, dtype, backend.device, backend.name == "cpu")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block(backend, name, dtype):
+    check_block(name, dtype, backend.device, backend.name == "cpu")
+
+
+def test_fp64():
+    for name in CONVOLUTIONS:
+        check_convolution(name, torch.float64, "cpu", True)
+    for name in BLOCKS:
+        check_block(name, torch.float64, "cpu", True)
 
 
 def test_large_weights_and_any_number_of_threads():

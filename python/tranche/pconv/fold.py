@@ -253,7 +253,7 @@ class FoldedSelfBlock(FoldedBlock):
         return super().forward(torch.cat([mixed, untouched + self.attn(self.norm(untouched))], dim=1))
 
 
-PIECE_BYTES = 16 << 20  # of the first stage's activations
+PIECE_BYTES = 16 << 20  # of the first stage's activations, but for whole images
 
 
 class FoldedNet(PartialNet):
