@@ -7,10 +7,41 @@
 
 namespace tranche::cpu::TRANCHE_ISA {
 
+// The sums of up to four panels are tiles 0..3.
+template <int kPanels>
+TRANCHE_INLINE void clear_sums() {
+  tile_zero<0>();
+  if constexpr (kPanels > 1) tile_zero<1>();
+  if constexpr (kPanels > 2) tile_zero<2>();
+  if constexpr (kPanels > 3) tile_zero<3>();
+}
+
+// A tile of sums is [row][column]; the result [column][row]. `tile` is scratch, kTileBytes of it.
+template <int kTile>
+TRANCHE_INLINE void store_sum(float* tile, float* result) {
+  tile_store<kTile>(tile, 64);
+  __m512i block[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) block[i] = _mm512_loadu_si512(tile + i * 16);
+  transpose16(block);
+  float* to = result + kTile * kPanel * kTileRows;
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * 16, block[i]);
+}
+
+template <int kPanels>
+TRANCHE_INLINE void store_sums(float* tile, float* result) {
+  store_sum<0>(tile, result);
+  if constexpr (kPanels > 1) store_sum<1>(tile, result);
+  if constexpr (kPanels > 2) store_sum<2>(tile, result);
+  if constexpr (kPanels > 3) store_sum<3>(tile, result);
+}
+
 class AmxEngine {
  public:
   using Compute = float;
   using Session = Tiles;
+  static constexpr int kTaskTiles = 1;
 
   static int64_t padded(int depth) { return round_up(depth, kStep); }
   static int64_t panel_bytes(int depth) { return kPanel * padded(depth) * 2; }
@@ -59,15 +90,7 @@ class AmxEngine {
   static constexpr int kStep = 32;     // k of one tile
   static constexpr int kStaged = 512;  // k staged at a time
 
-  // Tiles 0..3 are the accumulators of the panels, 4 and 5 weights, 6 and 7 columns.
-  template <int kPanels>
-  TRANCHE_INLINE void clear() {
-    tile_zero<0>();
-    if constexpr (kPanels > 1) tile_zero<1>();
-    if constexpr (kPanels > 2) tile_zero<2>();
-    if constexpr (kPanels > 3) tile_zero<3>();
-  }
-
+  // Tiles 0..3 are the accumulators of the panels, 4 weights, 6 and 7 columns.
   template <int kPanels>
   TRANCHE_INLINE void step(const char* a, int64_t stride, const char* b, int64_t panel) {
     tile_load<4>(a, stride);
@@ -118,7 +141,7 @@ class AmxEngine {
     const int64_t panel = panel_bytes(w.columns), stride = w.stride * int64_t(sizeof(W));
     const int rows = least(w.rows - first_row, kTileRows);
     uint16_t* staged = static_cast<uint16_t*>(scratch);
-    clear<kPanels>();
+    clear_sums<kPanels>();
     int k = 0;
     if constexpr (__is_same(W, bf16)) {
       if (rows == kTileRows) {
@@ -143,26 +166,7 @@ class AmxEngine {
                      panel, depth / kStep, nullptr, 0);
     }
     float* tile = reinterpret_cast<float*>(staged + kTileRows * kStaged);
-    store<0>(tile, result);
-    if constexpr (kPanels > 1) store<1>(tile, result);
-    if constexpr (kPanels > 2) store<2>(tile, result);
-    if constexpr (kPanels > 3) store<3>(tile, result);
-  }
-
-  // The accumulator is [row][column]; the result [column][row].
-  template <int kTile>
-  TRANCHE_INLINE void store(float* tile, float* result) {
-    if constexpr (kTile == 0) tile_store<0>(tile, 64);
-    if constexpr (kTile == 1) tile_store<1>(tile, 64);
-    if constexpr (kTile == 2) tile_store<2>(tile, 64);
-    if constexpr (kTile == 3) tile_store<3>(tile, 64);
-    __m512i block[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) block[i] = _mm512_loadu_si512(tile + i * 16);
-    transpose16(block);
-    float* to = result + kTile * kPanel * kTileRows;
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * 16, block[i]);
+    store_sums<kPanels>(tile, result);
   }
 };
 

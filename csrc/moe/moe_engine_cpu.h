@@ -5,6 +5,7 @@
 // sequence of operations whatever the number of columns, so a column's bits do not depend on its neighbours:
 //   LaneEngine  the lanes of one vector run along k; a fixed tree adds them (moe_engine_lanes_cpu.h)
 //   AmxEngine   one tile accumulator along all k (moe_engine_amx_cpu.h)
+//   PartsEngine likewise, of floats in three parts (moe_engine_parts_amx_cpu.h)
 //   F64Engine   eight lanes of double along k
 // and those of packed weights, whose lanes are the 16 rows (moe_engine_packed_cpu.h).
 #pragma once
@@ -34,6 +35,7 @@ class F64Engine {
  public:
   using Compute = double;
   struct Session {};
+  static constexpr int kTaskTiles = 1;
 
   static int64_t panel_bytes(int depth) {
     return int64_t(kPanel) * depth_padded(depth) * int64_t(sizeof(double));

@@ -12,6 +12,7 @@ class PackedAmxEngine {
  public:
   using Compute = float;
   using Session = Tiles;
+  static constexpr int kTaskTiles = 1;
 
   static int64_t panel_bytes(int depth) { return kPanel * round_up(depth, kTileInputs) * 2; }
   static int64_t scratch_bytes() { return kRing * kTileBytes; }
@@ -51,7 +52,6 @@ class PackedAmxEngine {
           return product_of<4, R>(rows.w, first_row, x, result, staged);
       }
     });
-    clear_padding(rows.w, first_row, columns, result);
   }
 
  private:

@@ -116,19 +116,13 @@ TRANCHE_INLINE void decode_weights(const Streams& from, int64_t t, Rounding roun
 
 constexpr int64_t kPackedAhead = 16;  // tiles
 
-// Zeros for the rows that fill up the last tile.
-TRANCHE_INLINE void clear_padding(const PackedWeight& w, int first_row, int columns, float* result) {
-  for (int64_t r = w.out_features - first_row; r < kTileRows; ++r) {
-    for (int c = 0; c < columns; ++c) result[c * kTileRows + r] = 0.0f;
-  }
-}
-
 template <class Lanes>
 class PackedLaneEngine {
  public:
   using Compute = float;
   using Element = typename Lanes::Element;
   struct Session {};
+  static constexpr int kTaskTiles = 1;
 
   // From column to column: a line more than the depth, so that columns do not share sets of the L1 cache.
   static int64_t padded(int depth) { return round_up(depth, kTileInputs) + 64 / int(sizeof(Element)); }
@@ -180,7 +174,6 @@ class PackedLaneEngine {
         vstore(result + c * kTileRows + part * kWidth, vadd(low, high));
       }
     }
-    clear_padding(w, first_row, columns, result);
   }
 
  private:

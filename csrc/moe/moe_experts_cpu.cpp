@@ -5,6 +5,7 @@
 #if defined(__AMX_BF16__)
 #include "moe/moe_engine_amx_cpu.h"
 #include "moe/moe_engine_packed_amx_cpu.h"
+#include "moe/moe_engine_parts_amx_cpu.h"
 #endif
 
 namespace tranche::cpu::TRANCHE_ISA {
@@ -12,7 +13,11 @@ namespace {
 
 template <class T>
 struct ExpertsEngine {
+#if defined(__AMX_BF16__)
+  using type = PartsEngine;
+#else
   using type = FmaEngine;
+#endif
   using packed = PackedFmaEngine;
 };
 template <>

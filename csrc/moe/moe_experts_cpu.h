@@ -1,5 +1,6 @@
 // The experts on the CPU over any engine: pack the columns, gate and up, down and sum. Weights are read once
-// per 64 tokens of an expert, from memory the first time.
+// per 64 tokens of an expert, from memory the first time. A task is some tiles of 16 rows: one, but for
+// engines that gain by several.
 #pragma once
 
 #include "core/parallel.h"
@@ -55,6 +56,7 @@ template <class Engine, class T, class W>
 class Experts {
  public:
   using Compute = typename Engine::Compute;
+  static constexpr int kTaskTiles = Engine::kTaskTiles;
 
   explicit Experts(const MoeExpertsParams& p) : p_(p), workers_(num_threads()) {
     for (int e = 0; e < p.experts; ++e) {
@@ -70,8 +72,8 @@ class Experts {
     taken_ = arena.take<int64_t>(2 * kApart);
     x_ = arena.take<char>(x_panels_ * Engine::panel_bytes(p.hidden));
     h_ = arena.take<char>(panels_ * Engine::panel_bytes(p.inner));
-    sums_ = arena.take<Compute>(int64_t(workers_) * p.outputs * p.tokens * kTileRows);
-    tiles_ = arena.take<Compute>(int64_t(workers_) * 3 * kGroupColumns * kTileRows);
+    sums_ = arena.take<Compute>(workers_ * kTaskTiles * tile_sums());
+    tiles_ = arena.take<Compute>(int64_t(workers_) * 3 * kTaskTiles * kGroupColumns * kTileRows);
     scratch_ = arena.take<char>(workers_ * round_up(Engine::scratch_bytes(), 64));
     bytes_ = arena.used();
     if (!p.workspace) return;
@@ -104,8 +106,18 @@ class Experts {
   }
 
   char* scratch(int worker) const { return scratch_ + worker * round_up(Engine::scratch_bytes(), 64); }
-  Compute* tile(int worker, int index) const {
-    return tiles_ + (int64_t(worker) * 3 + index) * kGroupColumns * kTileRows;
+  Compute* tiles(int worker, int index) const {
+    return tiles_ + (int64_t(worker) * 3 + index) * kTaskTiles * kGroupColumns * kTileRows;
+  }
+  int64_t tile_sums() const { return int64_t(p_.outputs) * p_.tokens * kTileRows; }
+  // Tiles of a task where there are so many in all: some tasks for each worker.
+  int tiles_together(int64_t all) const {
+    return int(most<int64_t>(1, least<int64_t>(kTaskTiles, all / (4 * workers_))));
+  }
+  // Rows before `end`: where a task's product stops.
+  static Rows<W> up_to(Rows<W> w, [[maybe_unused]] int end) {
+    if constexpr (kTaskTiles > 1) w.rows = least(w.rows, end);
+    return w;
   }
   Rows<W> matrix(const ExpertMatrices& m, int expert, int rows, int columns) const {
     if constexpr (__is_same(W, Packed)) {
@@ -152,48 +164,66 @@ class Experts {
     }
   }
 
-  // One task: 16 features of one expert. Features past I are 0, so that down's depth is whole.
+  // One task: some tiles of 16 features of one expert. Features past I are 0, so that down's depth is whole.
   void gate_and_up() const {
-    const int tiles = int(round_up(p_.inner, 32) / kTileRows);
+    const int all_tiles = int(round_up(p_.inner, 32) / kTileRows);
+    const int together = tiles_together(int64_t(active_) * all_tiles);
+    const int tasks = (all_tiles + together - 1) / together;
     const int64_t x_bytes = Engine::panel_bytes(p_.hidden), h_bytes = Engine::panel_bytes(p_.inner);
-    parallel_shares(int64_t(active_) * tiles, workers_, taken_, [&](int64_t begin, int64_t end, int worker) {
+    parallel_shares(int64_t(active_) * tasks, workers_, taken_, [&](int64_t begin, int64_t end, int worker) {
       [[maybe_unused]] const typename Engine::Session session{};
-      Compute *gated = tile(worker, 0), *raised = tile(worker, 1), *h = tile(worker, 2);
+      Compute *gated = tiles(worker, 0), *raised = tiles(worker, 1);
       for (int64_t task = begin; task < end; ++task) {
-        const ActiveExpert& a = list_[task / tiles];
-        const int row = int(task % tiles) * kTileRows;
-        const Rows<W> up = matrix(p_.up, a.expert, p_.inner, p_.hidden);
-        const Rows<W> gate = p_.gate.data ? matrix(p_.gate, a.expert, p_.inner, p_.hidden) : up;
-        const bool more = row + 2 * kTileRows <= p_.inner;
-        const W* next = more ? gate.row(row + kTileRows) : nullptr;
+        const ActiveExpert& a = list_[task / tasks];
+        const int tile = int(task % tasks) * together, row = tile * kTileRows;
+        const int count = least(together, all_tiles - tile), after_row = row + count * kTileRows;
+        const Rows<W> up = up_to(matrix(p_.up, a.expert, p_.inner, p_.hidden), after_row);
+        const Rows<W> gate =
+            p_.gate.data ? up_to(matrix(p_.gate, a.expert, p_.inner, p_.hidden), after_row) : up;
+        const W* next = after_row + kTileRows <= p_.inner ? gate.row(after_row) : nullptr;
         const char* x = x_ + (every_token_ ? 0 : a.first_panel) * x_bytes;
         for (int first = 0; first < a.count; first += kGroupColumns) {
           const int columns = least(a.count - first, kGroupColumns);
           const char* panels = x + first / kPanel * x_bytes;
-          char* to = h_ + (a.first_panel + first / kPanel) * h_bytes;
           const W* after = first + kGroupColumns >= a.count ? next : nullptr;
-          if (row >= p_.inner) {
-            for (int i = 0; i < columns * kTileRows; ++i) h[i] = 0;
-          } else {
+          if (row < p_.inner) {
             if (p_.gate.data) {
               const bool whole = row + kTileRows <= p_.inner;
               Engine::product(gate, row, panels, columns, gated, scratch(worker),
                               whole ? up.row(row) : nullptr);
-              scale_rows(p_.gate, a.expert, p_.inner, row, columns, gated);
             }
             Engine::product(up, row, panels, columns, raised, scratch(worker), after);
-            scale_rows(p_.up, a.expert, p_.inner, row, columns, raised);
-            activate(p_.activation, p_.gate.data ? gated : nullptr, raised, h, columns * kTileRows);
           }
-          if (row >= round_up(p_.inner, kTileRows) && !keeps_half_tiles()) continue;
-          for (int c = 0; c < int(round_up(columns, kPanel)); ++c) {
-            const Compute zeros[kTileRows] = {};
-            Engine::put(to + c / kPanel * h_bytes, p_.inner, c % kPanel, row,
-                        c < columns ? h + c * kTileRows : zeros);
+          char* to = h_ + (a.first_panel + first / kPanel) * h_bytes;
+          for (int t = 0; t < count; ++t) {
+            const int at = t * columns * kTileRows;
+            put_features(a.expert, row + t * kTileRows, columns, gated + at, raised + at, tiles(worker, 2),
+                         to);
           }
         }
       }
     });
+  }
+
+  // 16 features, made of what gate and up gave, to the panels of h.
+  void put_features(int expert, int row, int columns, Compute* gated, Compute* raised, Compute* h,
+                    char* to) const {
+    if (row < p_.inner) {
+      if (p_.gate.data) scale_rows(p_.gate, expert, p_.inner, row, columns, gated);
+      scale_rows(p_.up, expert, p_.inner, row, columns, raised);
+      activate(p_.activation, p_.gate.data ? gated : nullptr, raised, h, columns * kTileRows);
+    }
+    // those of rows past the matrix may be NaN, if a column holds an infinity
+    const int used = int(most<int64_t>(0, least<int64_t>(p_.inner - row, kTileRows)));
+    for (int c = 0; used < kTileRows && c < columns; ++c) {
+      for (int r = used; r < kTileRows; ++r) h[c * kTileRows + r] = 0;
+    }
+    if (row >= round_up(p_.inner, kTileRows) && !keeps_half_tiles()) return;
+    for (int c = 0; c < int(round_up(columns, kPanel)); ++c) {
+      const Compute zeros[kTileRows] = {};
+      Engine::put(to + c / kPanel * Engine::panel_bytes(p_.inner), p_.inner, c % kPanel, row,
+                  c < columns ? h + c * kTileRows : zeros);
+    }
   }
 
   // Whether a panel has room for the 16 features that fill up I to a multiple of 32.
@@ -201,25 +231,26 @@ class Experts {
     return Engine::panel_bytes(p_.inner) == Engine::panel_bytes(int(round_up(p_.inner, 32)));
   }
 
-  // One task: 16 columns of the outputs, all experts.
+  // One task: some tiles of 16 columns of the outputs, all experts.
   void down() const {
-    const int tiles = int(round_up(p_.hidden, kTileRows) / kTileRows);
+    const int all_tiles = int(round_up(p_.hidden, kTileRows) / kTileRows);
+    const int together = tiles_together(all_tiles);
+    const int tasks = (all_tiles + together - 1) / together;
     const int64_t h_bytes = Engine::panel_bytes(p_.inner);
-    const int64_t slots = int64_t(p_.tokens) * p_.top_k;
-    const Compute* coefficients = static_cast<const Compute*>(p_.coefficients);
-    parallel_shares(tiles, workers_, taken_ + kApart, [&](int64_t begin, int64_t end, int worker) {
+    parallel_shares(tasks, workers_, taken_ + kApart, [&](int64_t begin, int64_t end, int worker) {
       [[maybe_unused]] const typename Engine::Session session{};
-      Compute* yields = tile(worker, 0);
-      Compute* sums = sums_ + int64_t(worker) * p_.outputs * p_.tokens * kTileRows;
+      Compute* yields = tiles(worker, 0);
+      Compute* sums = sums_ + worker * kTaskTiles * tile_sums();
       for (int64_t task = begin; task < end; ++task) {
-        const int row = int(task) * kTileRows;
-        memset(sums, 0, size_t(p_.outputs) * p_.tokens * kTileRows * sizeof(Compute));
+        const int tile = int(task) * together, row = tile * kTileRows;
+        const int count = least(together, all_tiles - tile), after_row = row + count * kTileRows;
+        memset(sums, 0, size_t(count * tile_sums()) * sizeof(Compute));
         for (int i = 0; i < active_; ++i) {
           const ActiveExpert& a = list_[i];
-          const Rows<W> w = matrix(p_.down, a.expert, p_.hidden, p_.inner);
+          const Rows<W> w = up_to(matrix(p_.down, a.expert, p_.hidden, p_.inner), after_row);
           // the next expert's rows, or after the last expert the first one's next rows
           const bool last = i + 1 == active_;
-          const int next_row = last ? row + kTileRows : row;
+          const int next_row = last ? after_row : row;
           const W* next =
               next_row + kTileRows <= p_.hidden
                   ? matrix(p_.down, list_[last ? 0 : i + 1].expert, p_.hidden, p_.inner).row(next_row)
@@ -229,21 +260,31 @@ class Experts {
             const W* after = first + kGroupColumns >= a.count ? next : nullptr;
             Engine::product(w, row, h_ + (a.first_panel + first / kPanel) * h_bytes, columns, yields,
                             scratch(worker), after);
-            scale_rows(p_.down, a.expert, p_.hidden, row, columns, yields);
-            for (int c = 0; c < columns; ++c) {
-              const int32_t slot = p_.slots[a.first_slot + first + c];
-              for (int o = 0; o < p_.outputs; ++o) {
-                const Compute coefficient = coefficients[o * slots + slot];
-                if (coefficient == 0) continue;
-                Compute* sum = sums + (int64_t(o) * p_.tokens + slot / p_.top_k) * kTileRows;
-                add_scaled(sum, coefficient, yields + c * kTileRows);
-              }
+            for (int t = 0; t < count; ++t) {
+              Compute* values = yields + t * columns * kTileRows;
+              scale_rows(p_.down, a.expert, p_.hidden, row + t * kTileRows, columns, values);
+              add_yields(a.first_slot + first, columns, values, sums + t * tile_sums());
             }
           }
         }
-        write(sums, row);
+        for (int t = 0; t < count; ++t) write(sums + t * tile_sums(), row + t * kTileRows);
       }
     });
+  }
+
+  // What an expert gave the tokens of slots [first, first + columns), times their coefficients.
+  void add_yields(int first, int columns, const Compute* values, Compute* sums) const {
+    const int64_t slots = int64_t(p_.tokens) * p_.top_k;
+    const Compute* coefficients = static_cast<const Compute*>(p_.coefficients);
+    for (int c = 0; c < columns; ++c) {
+      const int32_t slot = p_.slots[first + c];
+      for (int o = 0; o < p_.outputs; ++o) {
+        const Compute coefficient = coefficients[o * slots + slot];
+        if (coefficient == 0) continue;
+        Compute* sum = sums + (int64_t(o) * p_.tokens + slot / p_.top_k) * kTileRows;
+        add_scaled(sum, coefficient, values + c * kTileRows);
+      }
+    }
   }
 
   void write(const Compute* sums, int row) const {

@@ -1,12 +1,12 @@
 // The product of product_cpu.h on AMX tiles, for bf16 and, in three parts, for float. Include from amx
 // translation units only.
 //
-// A float is taken in three parts (pconv/parts_cpu.h). Pixels are the rows of a left tile, 32 channels its
+// A float is taken in three parts (core/parts_cpu.h). Pixels are the rows of a left tile, 32 channels its
 // columns; a panel of outputs is two right tiles.
 #pragma once
 
 #include "core/amx.h"
-#include "pconv/parts_cpu.h"
+#include "core/parts_cpu.h"
 #include "pconv/product_cpu.h"
 
 namespace tranche::cpu::TRANCHE_ISA {

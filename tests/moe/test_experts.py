@@ -111,6 +111,49 @@ def test_a_nan_row_stays_alone(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_what_is_not_finite(backend, dtype, tokens):
+    """Infinities as the sum has them: 1 * inf is no NaN, however numbers are taken apart."""
+    layer = make_layer(
+        16, tokens=tokens, hidden=70, inner=37, dtype=dtype, gated=False, device=backend.device
+    )
+    layer = replace(layer, options={"activation": "relu"})
+    layer.w_up.abs_()
+    layer.w_up[:, ::2] = 1
+    layer.w_down.abs_()
+    layer.weights.fill_(0.5)
+    want = layer.run()
+    layer.x[1, 5] = torch.inf
+    layer.x[2, 69] = -torch.inf
+    got = layer.run()
+    assert (got[1] == torch.inf).all()
+    assert (got[2] == 0).all()
+    others = [i for i in range(tokens) if i not in (1, 2)]
+    assert_same_bits(got[others], want[others])
+    layer.x[2] = 0
+    layer.w_up[:] = torch.inf
+    assert layer.run()[2].isnan().all()
+
+
+def test_the_largest_numbers(backend):
+    layer = make_layer(
+        17, tokens=20, hidden=40, inner=33, experts=1, top_k=1, gated=False, device=backend.device
+    )
+    layer = replace(layer, options={"activation": "relu"})
+    largest = torch.finfo(torch.float32).max
+    layer.x.zero_()[:, 3] = largest
+    layer.w_up.zero_()[:, :, 3] = 2.0**-120
+    layer.w_down.zero_()[:, :, 0] = 1
+    layer.weights.fill_(1)
+    assert (layer.run() == largest * 2.0**-120).all()
+    layer.w_up[:, :, 3] = 1
+    layer.w_down[:, :, 0] = 0.5
+    assert (layer.run() == largest / 2).all()
+    layer.w_down[:, :, 1:3] = 1
+    assert (layer.run() == torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_int8_weights(backend, dtype):
     layer = make_layer(12, tokens=18, hidden=40, dtype=dtype, device=backend.device)
     generator = torch.Generator().manual_seed(3)
@@ -149,9 +192,19 @@ def test_rows_of_several_pages(dtype):
         assert_same_bits(layer.some(slice(0, kept)).run(), out[:kept])
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_many_tokens_of_long_rows(dtype):
+    """More columns than a cache keeps are taken in chunks, and several tiles of rows together."""
+    layer = make_layer(18, tokens=70, hidden=1500, inner=1393, experts=2, top_k=2, dtype=dtype)
+    layer.check()
+    out = layer.run()
+    for kept in (1, 17, 33, 49):
+        assert_same_bits(layer.some(slice(0, kept)).run(), out[:kept])
+
+
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 def test_any_number_of_threads(dtype):
-    layer = make_layer(14, tokens=30, hidden=100, inner=70, dtype=dtype)
+    layer = make_layer(14, tokens=30, hidden=600, inner=300, dtype=dtype)
     threads = torch.get_num_threads()
     try:
         results = []
