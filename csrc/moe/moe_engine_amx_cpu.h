@@ -89,6 +89,7 @@ class AmxEngine {
  private:
   static constexpr int kStep = 32;     // k of one tile
   static constexpr int kStaged = 512;  // k staged at a time
+  static constexpr int kAhead = 16;
 
   // Tiles 0..3 are the accumulators of the panels, 4 weights, 6 and 7 columns.
   template <int kPanels>
@@ -110,15 +111,15 @@ class AmxEngine {
     }
   }
 
-  // `next` rows are asked for while these are multiplied: the same number of lines per step.
+  // Each row is asked for kAhead steps before its use, and at its end the beginning of the `next` one.
   template <int kPanels>
-  static void steps(const char* a, int64_t stride, const char* b, int64_t panel, int count, const char* next,
-                    int64_t next_stride) {
+  static void steps(const char* a, int64_t stride, const char* b, int64_t panel, int count,
+                    const char* next) {
     for (int i = 0; i < count; ++i, a += 64, b += kTileBytes) {
-      if (next) {
+      const int beyond = i + kAhead - count;
+      const char* ask = beyond < 0 ? a + kAhead * 64 : next ? next + beyond * 64 : a;
 #pragma GCC unroll 16
-        for (int r = 0; r < kTileRows; ++r) __builtin_prefetch(next + r * next_stride + i * 64, 0, 2);
-      }
+      for (int r = 0; r < kTileRows; ++r) __builtin_prefetch(ask + r * stride, 0, 2);
       step<kPanels>(a, stride, b, panel);
     }
   }
@@ -147,7 +148,7 @@ class AmxEngine {
       if (rows == kTileRows) {
         const int whole = w.columns / kStep;
         steps<kPanels>(reinterpret_cast<const char*>(w.row(first_row)), stride, b, panel, whole,
-                       reinterpret_cast<const char*>(next), stride);
+                       reinterpret_cast<const char*>(next));
         k = whole * kStep;
       }
     }
@@ -163,7 +164,7 @@ class AmxEngine {
         memset(to + filled, 0, size_t(depth - filled) * 2);
       }
       steps<kPanels>(reinterpret_cast<const char*>(staged), kStaged * 2, b + int64_t(k / kStep) * kTileBytes,
-                     panel, depth / kStep, nullptr, 0);
+                     panel, depth / kStep, nullptr);
     }
     float* tile = reinterpret_cast<float*>(staged + kTileRows * kStaged);
     store_sums<kPanels>(tile, result);

@@ -236,7 +236,7 @@ class PartsEngine {
         first == 0 ? clear_sums<kPanels>() : take_up_sums<kPanels>(waiting + t * kSums);
         const auto stage = [&](int s, int begin, int end_row) {
           const int beyond = s + kAhead - end;
-          const W* ask = beyond < 0 ? w.row(row) + (s + kAhead) * kStep
+          const W* ask = beyond < 0  ? w.row(row) + (s + kAhead) * kStep
                          : following ? following + beyond * kStep
                                      : w.row(row);
           stage_rows(w, row, begin, end_row, s * kStep, ask, scratch + s % 2 * kColumnBytes);
