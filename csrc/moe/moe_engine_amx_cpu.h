@@ -41,7 +41,7 @@ class AmxEngine {
  public:
   using Compute = float;
   using Session = Tiles;
-  static constexpr int kTaskTiles = 1;
+  static constexpr int kTilesTogether = 1;
 
   static int64_t padded(int depth) { return round_up(depth, kStep); }
   static int64_t panel_bytes(int depth) { return kPanel * padded(depth) * 2; }

@@ -35,7 +35,7 @@ class F64Engine {
  public:
   using Compute = double;
   struct Session {};
-  static constexpr int kTaskTiles = 1;
+  static constexpr int kTilesTogether = 1;
 
   static int64_t panel_bytes(int depth) {
     return int64_t(kPanel) * depth_padded(depth) * int64_t(sizeof(double));

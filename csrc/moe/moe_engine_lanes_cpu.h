@@ -220,7 +220,7 @@ class LaneEngine {
   using Compute = float;
   using Element = typename Lanes::Element;
   struct Session {};
-  static constexpr int kTaskTiles = 1;
+  static constexpr int kTilesTogether = 1;
 
   // From column to column: one line more than the depth, because columns (and rows) a power of two apart
   // would share the same few sets of the L1 cache.

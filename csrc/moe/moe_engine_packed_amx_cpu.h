@@ -12,7 +12,7 @@ class PackedAmxEngine {
  public:
   using Compute = float;
   using Session = Tiles;
-  static constexpr int kTaskTiles = 1;
+  static constexpr int kTilesTogether = 1;
 
   static int64_t panel_bytes(int depth) { return kPanel * round_up(depth, kTileInputs) * 2; }
   static int64_t scratch_bytes() { return kRing * kTileBytes; }

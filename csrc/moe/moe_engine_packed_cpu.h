@@ -122,7 +122,7 @@ class PackedLaneEngine {
   using Compute = float;
   using Element = typename Lanes::Element;
   struct Session {};
-  static constexpr int kTaskTiles = 1;
+  static constexpr int kTilesTogether = 1;
 
   // From column to column: a line more than the depth, so that columns do not share sets of the L1 cache.
   static int64_t padded(int depth) { return round_up(depth, kTileInputs) + 64 / int(sizeof(Element)); }

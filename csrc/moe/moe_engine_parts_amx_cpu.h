@@ -21,11 +21,11 @@ class PartsEngine {
  public:
   using Compute = float;
   using Session = Tiles;
-  static constexpr int kTaskTiles = 8;  // as many as their columns, in the second-level cache, are worth
+  static constexpr int kTilesTogether = 8;  // as many as their columns, in the second-level cache, are worth
 
   static int64_t panel_bytes(int depth) { return (depth + kStep - 1) / kStep * kColumnBytes; }
   static int64_t scratch_bytes() {
-    return kStagedBytes + kTaskTiles * kSums * int64_t(sizeof(float)) + kTileBytes;
+    return kStagedBytes + kTilesTogether * kSums * int64_t(sizeof(float)) + kTileBytes;
   }
 
   template <class T>
@@ -58,7 +58,7 @@ class PartsEngine {
     }
   }
 
-  // Of up to kTaskTiles tiles of rows, as far as the matrix has any: result[tile][column][row].
+  // Of up to kTilesTogether tiles of rows, as far as the matrix has any: result[tile][column][row].
   template <class W>
   static void product(const Rows<W>& w, int first_row, const void* panels, int columns, float* result,
                       void* scratch, const W* next) {
@@ -96,7 +96,7 @@ class PartsEngine {
 
   template <class W>
   TRANCHE_INLINE int end_of_task(const Rows<W>& w, int first_row) {
-    return least(w.rows, first_row + kTaskTiles * kTileRows);
+    return least(w.rows, first_row + kTilesTogether * kTileRows);
   }
 
   // The first n of 16 elements, all if there are more.
@@ -225,7 +225,7 @@ class PartsEngine {
     const int last_row = end_of_task(w, first_row);
     const int64_t panel = panel_bytes(w.columns);
     float* waiting = reinterpret_cast<float*>(scratch + kStagedBytes);
-    float* tile = waiting + kTaskTiles * kSums;
+    float* tile = waiting + kTilesTogether * kSums;
     for (int first = 0; first < steps; first += chunk) {
       const int end = least(first + chunk, steps);
       for (int t = 0, row = first_row; row < last_row; ++t, row += kTileRows) {

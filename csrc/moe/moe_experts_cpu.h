@@ -56,7 +56,7 @@ template <class Engine, class T, class W>
 class Experts {
  public:
   using Compute = typename Engine::Compute;
-  static constexpr int kTaskTiles = Engine::kTaskTiles;
+  static constexpr int kTilesTogether = Engine::kTilesTogether;
 
   explicit Experts(const MoeExpertsParams& p) : p_(p), workers_(num_threads()) {
     for (int e = 0; e < p.experts; ++e) {
@@ -72,8 +72,8 @@ class Experts {
     taken_ = arena.take<int64_t>(2 * kApart);
     x_ = arena.take<char>(x_panels_ * Engine::panel_bytes(p.hidden));
     h_ = arena.take<char>(panels_ * Engine::panel_bytes(p.inner));
-    sums_ = arena.take<Compute>(workers_ * kTaskTiles * tile_sums());
-    tiles_ = arena.take<Compute>(int64_t(workers_) * 3 * kTaskTiles * kGroupColumns * kTileRows);
+    sums_ = arena.take<Compute>(workers_ * kTilesTogether * tile_sums());
+    tiles_ = arena.take<Compute>(int64_t(workers_) * 3 * kTilesTogether * kGroupColumns * kTileRows);
     scratch_ = arena.take<char>(workers_ * round_up(Engine::scratch_bytes(), 64));
     bytes_ = arena.used();
     if (!p.workspace) return;
@@ -107,16 +107,14 @@ class Experts {
 
   char* scratch(int worker) const { return scratch_ + worker * round_up(Engine::scratch_bytes(), 64); }
   Compute* tiles(int worker, int index) const {
-    return tiles_ + (int64_t(worker) * 3 + index) * kTaskTiles * kGroupColumns * kTileRows;
+    return tiles_ + (int64_t(worker) * 3 + index) * kTilesTogether * kGroupColumns * kTileRows;
   }
   int64_t tile_sums() const { return int64_t(p_.outputs) * p_.tokens * kTileRows; }
-  // Tiles of a task where there are so many in all: some tasks for each worker.
-  int tiles_together(int64_t all) const {
-    return int(most<int64_t>(1, least<int64_t>(kTaskTiles, all / (4 * workers_))));
-  }
-  // Rows before `end`: where a task's product stops.
+  // How many of the tasks left to a worker are done together.
+  static int together(int64_t left) { return int(least<int64_t>(left, kTilesTogether)); }
+  // Rows before `end`: where a product stops.
   static Rows<W> up_to(Rows<W> w, [[maybe_unused]] int end) {
-    if constexpr (kTaskTiles > 1) w.rows = least(w.rows, end);
+    if constexpr (kTilesTogether > 1) w.rows = least(w.rows, end);
     return w;
   }
   Rows<W> matrix(const ExpertMatrices& m, int expert, int rows, int columns) const {
@@ -164,19 +162,18 @@ class Experts {
     }
   }
 
-  // One task: some tiles of 16 features of one expert. Features past I are 0, so that down's depth is whole.
+  // One task: 16 features of one expert. Features past I are 0, so that down's depth is whole.
   void gate_and_up() const {
-    const int all_tiles = int(round_up(p_.inner, 32) / kTileRows);
-    const int together = tiles_together(int64_t(active_) * all_tiles);
-    const int tasks = (all_tiles + together - 1) / together;
+    const int tasks = int(round_up(p_.inner, 32) / kTileRows);
     const int64_t x_bytes = Engine::panel_bytes(p_.hidden), h_bytes = Engine::panel_bytes(p_.inner);
     parallel_shares(int64_t(active_) * tasks, workers_, taken_, [&](int64_t begin, int64_t end, int worker) {
       [[maybe_unused]] const typename Engine::Session session{};
       Compute *gated = tiles(worker, 0), *raised = tiles(worker, 1);
-      for (int64_t task = begin; task < end; ++task) {
+      for (int64_t task = begin; task < end;) {
         const ActiveExpert& a = list_[task / tasks];
-        const int tile = int(task % tasks) * together, row = tile * kTileRows;
-        const int count = least(together, all_tiles - tile), after_row = row + count * kTileRows;
+        const int tile = int(task % tasks), count = int(least<int64_t>(together(end - task), tasks - tile));
+        const int row = tile * kTileRows, after_row = row + count * kTileRows;
+        task += count;
         const Rows<W> up = up_to(matrix(p_.up, a.expert, p_.inner, p_.hidden), after_row);
         const Rows<W> gate =
             p_.gate.data ? up_to(matrix(p_.gate, a.expert, p_.inner, p_.hidden), after_row) : up;
@@ -231,19 +228,18 @@ class Experts {
     return Engine::panel_bytes(p_.inner) == Engine::panel_bytes(int(round_up(p_.inner, 32)));
   }
 
-  // One task: some tiles of 16 columns of the outputs, all experts.
+  // One task: 16 columns of the outputs, all experts.
   void down() const {
-    const int all_tiles = int(round_up(p_.hidden, kTileRows) / kTileRows);
-    const int together = tiles_together(all_tiles);
-    const int tasks = (all_tiles + together - 1) / together;
+    const int tasks = int(round_up(p_.hidden, kTileRows) / kTileRows);
     const int64_t h_bytes = Engine::panel_bytes(p_.inner);
     parallel_shares(tasks, workers_, taken_ + kApart, [&](int64_t begin, int64_t end, int worker) {
       [[maybe_unused]] const typename Engine::Session session{};
       Compute* yields = tiles(worker, 0);
-      Compute* sums = sums_ + worker * kTaskTiles * tile_sums();
-      for (int64_t task = begin; task < end; ++task) {
-        const int tile = int(task) * together, row = tile * kTileRows;
-        const int count = least(together, all_tiles - tile), after_row = row + count * kTileRows;
+      Compute* sums = sums_ + worker * kTilesTogether * tile_sums();
+      for (int64_t task = begin; task < end;) {
+        const int count = together(end - task), row = int(task) * kTileRows;
+        const int after_row = row + count * kTileRows;
+        task += count;
         memset(sums, 0, size_t(count * tile_sums()) * sizeof(Compute));
         for (int i = 0; i < active_; ++i) {
           const ActiveExpert& a = list_[i];
