@@ -87,7 +87,7 @@ TRANCHE_INLINE void tile_dots(const uint32_t* x, int64_t block, int64_t stride, 
 }
 
 template <int kPlanes, int kBlocks, int kColumns>
-static void tile_block(const TileProduct& a, const uint32_t* x, float* out) {
+TRANCHE_INLINE void tile_block(const TileProduct& a, const uint32_t* x, float* out, Ahead& weights) {
   constexpr int kSums = kBlocks * kColumns;
   tile_load<0>(a.bias, 0);
   if constexpr (kSums > 1) tile_load<1>(a.bias + 16 * (1 % kColumns), 0);
@@ -99,16 +99,23 @@ static void tile_block(const TileProduct& a, const uint32_t* x, float* out) {
     const uint32_t* high = x + a.offset[s];
     if constexpr (kPlanes == 1) {
       tile_dots<kBlocks, kColumns, true, true>(high, block, stride, w);
+      weights.ask();
     } else {  // small terms first, in an order that loads one side at a time
       constexpr int kOther = kColumns == 1 ? 7 : 6;
       const uint32_t *middle = high + a.plane, *low = middle + a.plane;
       const uint32_t *w_middle = w + 2 * kTileUnits, *w_low = w_middle + 2 * kTileUnits;
       tile_dots<kBlocks, kColumns, true, true>(low, block, stride, w);
+      weights.ask();
       tile_dots<kBlocks, kColumns, true, false>(middle, block, stride, w);
+      weights.ask();
       tile_dots<kBlocks, kColumns, false, true, kOther>(middle, block, stride, w_middle);
+      weights.ask();
       tile_dots<kBlocks, kColumns, true, false, kOther>(high, block, stride, w_middle);
+      weights.ask();
       tile_dots<kBlocks, kColumns, false, true, kOther>(high, block, stride, w_low);
+      weights.ask();
       tile_dots<kBlocks, kColumns, false, kColumns != 1>(high, block, stride, w);
+      weights.ask();
     }
   }
   constexpr int64_t kNext = kTilePixels * kPanel, kStride = kPanel * 4;
@@ -129,15 +136,19 @@ static void tile_columns(const TileProduct& a) {
   const uint32_t* x = a.x;
   float* out = a.out;
   int64_t left = a.blocks;
+  // The next panel's weights, which follow, are asked for a line or two at a time: loads of tiles wait for
+  // memory, and for many requests at once.
+  const int64_t units = a.steps * kPlanes * 2 * kTileUnits, asks = a.steps * (kPlanes == 1 ? 1 : 6);
+  Ahead weights(a.w + units, 1, 0, units * int64_t(sizeof *a.w), (a.blocks + kMost - 1) / kMost * asks);
   for (; left >= kMost; left -= kMost, x += kMost * a.block, out += kMost * kTilePixels * kPanel) {
-    tile_block<kPlanes, int(kMost), kColumns>(a, x, out);
+    tile_block<kPlanes, int(kMost), kColumns>(a, x, out, weights);
     if (a.ahead) a.ahead->ask();
   }
   if constexpr (kMost > 2) {
-    if (left == 3) return tile_block<kPlanes, 3, kColumns>(a, x, out);
-    if (left == 2) return tile_block<kPlanes, 2, kColumns>(a, x, out);
+    if (left == 3) return tile_block<kPlanes, 3, kColumns>(a, x, out, weights);
+    if (left == 2) return tile_block<kPlanes, 2, kColumns>(a, x, out, weights);
   }
-  if (left == 1) tile_block<kPlanes, 1, kColumns>(a, x, out);
+  if (left == 1) tile_block<kPlanes, 1, kColumns>(a, x, out, weights);
 }
 
 // The panel's first `columns` outputs, under tiles of a.depth; what is written beyond them is of no meaning.

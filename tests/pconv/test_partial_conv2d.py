@@ -220,6 +220,32 @@ def test_few_pixels_of_many_channels(dtype, options):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"width": 3, "kernel": (4, 4), "stride": 4},
+        {"width": 3, "kernel": (2, 3), "stride": 2, "dilation": 2},
+        {"width": 12, "kernel": (2, 2), "stride": 2},
+        {"width": 8, "kernel": (3, 2), "stride": (1, 3), "groups": 2},
+        {"width": 50, "kernel": (3, 3)},
+        {"width": 20, "kernel": (1, 1)},
+    ],
+)
+def test_windows_without_padding(dtype, options):
+    """Where x lies as the product wants it, it is not packed: the bits are those of any other layout."""
+    given = {"out": 40, "bias": True, "channels_last": True, "padding": 0, "dtype": dtype}
+    case = make_case(shape=(3, options["width"], 13, 17), **(given | options))
+    want = case.run(conv2d_slice)
+    assert_correct(case, want, "conv2d_slice")
+    around = torch.full((3, options["width"] + 5, 15, 19), torch.nan, dtype=dtype)
+    around = around.contiguous(memory_format=torch.channels_last)[:, :, 1:-1, 1:-1]
+    around[:, 2:-3] = case.x
+    for x, start in ((case.x.contiguous(), 0), (around, 2), (case.x[1:], 0)):
+        got = conv2d_slice(x, case.weight, case.bias, **(case.options | {"start": start}))
+        assert same_bits(got, want[-x.size(0) :])
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (4, 6)])
 def test_images_of_single_pixels_follow_one_another(backend, size):
     case = make_case(shape=(5, 24, *size), width=20, out=33, kernel=(1, 1), start=2, device=backend.device)
