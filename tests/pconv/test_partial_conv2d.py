@@ -202,7 +202,13 @@ def test_any_number_of_threads(dtype):
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize(
-    "options", [{"kernel": (1, 1), "width": 256}, {"groups": 2}, {"stride": 2, "out": 130}]
+    "options",
+    [
+        {"kernel": (1, 1), "width": 256},
+        {"groups": 2},
+        {"stride": 2, "out": 130},
+        {"stride": 2, "out": 130, "width": 256, "kernel": (2, 2), "padding": 0},
+    ],
 )
 def test_few_pixels_of_many_channels(dtype, options):
     """Threads share channels instead of pixels: the bits are those of a batch, whatever the threads."""
@@ -227,6 +233,8 @@ def test_few_pixels_of_many_channels(dtype, options):
         {"width": 3, "kernel": (4, 4), "stride": 4},
         {"width": 3, "kernel": (2, 3), "stride": 2, "dilation": 2},
         {"width": 12, "kernel": (2, 2), "stride": 2},
+        {"width": 64, "kernel": (2, 2), "stride": 2},
+        {"width": 34, "kernel": (2, 3), "stride": (1, 2)},
         {"width": 8, "kernel": (3, 2), "stride": (1, 3), "groups": 2},
         {"width": 50, "kernel": (3, 3)},
         {"width": 20, "kernel": (1, 1)},
