@@ -141,11 +141,14 @@ class TileConvolution {
   template <class Epilogue>
   void compute(int64_t rows, const Unit* packed, int64_t plane, A* sums, int64_t begin, int64_t end,
                const Epilogue& epilogue) const {
-    const Tiles tiles = tiles_of_depth(steps_.unit);
     TileProduct a{};
+    const int64_t pixels = (rows - 1) * pitch() + p_.out_width;
+    a.blocks = (pixels + kTilePixels - 1) / kTilePixels;
+    a.rows = (pixels + a.blocks - 1) / a.blocks;
+    const Tiles tiles = tiles_of(a.rows, steps_.unit);
     a.x = packed;
     a.step = step();
-    a.block = kTilePixels * step();
+    a.block = a.rows * step();
     a.plane = plane;
     a.offset = offsets_;
     a.steps = steps_.count();
@@ -153,7 +156,6 @@ class TileConvolution {
     a.overlap = steps_.overlap();
     a.depth = steps_.unit;
     a.out = sums;
-    a.blocks = ((rows - 1) * pitch() + p_.out_width + kTilePixels - 1) / kTilePixels;
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t live = least(kPanel, p_.c_out - panel * kPanel);
       a.w = weights_ + panel * panel_units();

@@ -171,6 +171,7 @@ struct TileMath {
       a.bias = biases + panel * kPanel;
       a.out = sums;
       a.blocks = (pixels + kTilePixels - 1) / kTilePixels;
+      a.rows = kTilePixels;
       a.ahead = ahead;
       const int64_t live = least(kPanel, outputs - panel * kPanel);
       product<kPlanes>(a, live);

@@ -42,12 +42,14 @@ TRANCHE_INLINE void split16(Vec x, __m256i (&part)[kPlanes]) {
   for (int p = 0; p < kPlanes; ++p) part[p] = _mm512_castsi512_si256(wide[p]);
 }
 
-// Tiles 0..3 for sums, 4 and 5 for pixels of `depth` units, 6 and 7 for as many units of weights.
-TRANCHE_INLINE Tiles tiles_of_depth(int64_t depth) {
-  return Tiles({{}, {}, {}, {}, {16, 4 * depth}, {16, 4 * depth}, {depth, 64}, {depth, 64}});
+// Tiles 0..3 for sums of `rows` pixels, 4 and 5 for pixels of `depth` units, 6 and 7 for as many units of
+// weights. A product takes the longer the more rows it has.
+TRANCHE_INLINE Tiles tiles_of(int64_t rows, int64_t depth) {
+  const TileShape sums{rows, 64}, pixels{rows, 4 * depth}, weights{depth, 64};
+  return Tiles({sums, sums, sums, sums, pixels, pixels, weights, weights});
 }
 
-// One panel of outputs for `blocks` blocks of 16 pixels.
+// One panel of outputs for `blocks` blocks of `rows` pixels.
 struct TileProduct {
   const uint32_t* x;           // the first part of the first pixel
   int64_t step, block, plane;  // units between pixels, between blocks of them, and between parts
@@ -56,8 +58,8 @@ struct TileProduct {
   int64_t depth;                  // units of a step
   const uint32_t* w;              // [steps][parts][2][16 units][16 outputs]
   const float* bias;              // [kPanel]
-  float* out;                     // [blocks * 16][kPanel]
-  int64_t blocks;
+  float* out;                     // [blocks * rows][kPanel]
+  int64_t blocks, rows;
   Ahead* ahead;  // what else to ask for, or null
 };
 
@@ -118,11 +120,12 @@ TRANCHE_INLINE void tile_block(const TileProduct& a, const uint32_t* x, float* o
       weights.ask();
     }
   }
-  constexpr int64_t kNext = kTilePixels * kPanel, kStride = kPanel * 4;
+  constexpr int64_t kStride = kPanel * 4;
+  const int64_t next = a.rows * kPanel;
   tile_store<0>(out, kStride);
-  if constexpr (kSums > 1) tile_store<1>(out + 1 / kColumns * kNext + 16 * (1 % kColumns), kStride);
-  if constexpr (kSums > 2) tile_store<2>(out + 2 / kColumns * kNext, kStride);
-  if constexpr (kSums > 3) tile_store<3>(out + 3 / kColumns * kNext + 16 * (3 % kColumns), kStride);
+  if constexpr (kSums > 1) tile_store<1>(out + 1 / kColumns * next + 16 * (1 % kColumns), kStride);
+  if constexpr (kSums > 2) tile_store<2>(out + 2 / kColumns * next, kStride);
+  if constexpr (kSums > 3) tile_store<3>(out + 3 / kColumns * next + 16 * (3 % kColumns), kStride);
 }
 
 // Tiles of pixels that are multiplied together: more share the weights, but no more than two the pixels that
@@ -140,7 +143,7 @@ static void tile_columns(const TileProduct& a) {
   // memory, and for many requests at once.
   const int64_t units = a.steps * kPlanes * 2 * kTileUnits, asks = a.steps * (kPlanes == 1 ? 1 : 6);
   Ahead weights(a.w + units, 1, 0, units * int64_t(sizeof *a.w), (a.blocks + kMost - 1) / kMost * asks);
-  for (; left >= kMost; left -= kMost, x += kMost * a.block, out += kMost * kTilePixels * kPanel) {
+  for (; left >= kMost; left -= kMost, x += kMost * a.block, out += kMost * a.rows * kPanel) {
     tile_block<kPlanes, int(kMost), kColumns>(a, x, out, weights);
     if (a.ahead) a.ahead->ask();
   }
@@ -183,7 +186,7 @@ TRANCHE_INLINE Vec part_sums(const uint32_t* units, int half) {
 // 16 outputs of a pixel by plain FMAs.
 template <int kPlanes>
 static Vec chains_of(const TileProduct& a, int64_t pixel, int64_t output) {
-  const uint32_t* x = a.x + pixel / kTilePixels * a.block + pixel % kTilePixels * a.step;
+  const uint32_t* x = a.x + pixel / a.rows * a.block + pixel % a.rows * a.step;
   const uint32_t* w = a.w + output / 16 * kTileUnits;
   Vec sum = vload(a.bias + output);
   for (int64_t s = 0; s < a.steps; ++s, w += kPlanes * 2 * kTileUnits) {
