@@ -39,7 +39,10 @@ class PartialConvolution {
       task_rows_ = most<int64_t>(1, (p.out_height + tasks - 1) / tasks);
     }
     tasks_ = (p.out_height + task_rows_ - 1) / task_rows_;
-    slots_ = by_channel_ ? threads : least(threads, p.batch * tasks_);
+    // One thread has multiplied fewer weights before another would begin.
+    constexpr int64_t kSharedWeights = 1 << 16;
+    const int64_t sharers = weights_of_output * p.c_out < kSharedWeights ? 1 : threads;
+    slots_ = by_channel_ ? sharers : least(threads, p.batch * tasks_);
     Arena packed(p.packed), &weights = p.packed ? packed : arena_;
     conv_.take_weights(weights);
     packed_bytes_ = weights.used();

@@ -156,7 +156,7 @@ struct TileMath {
       }
     }
     int64_t asks(int64_t pixels) const {
-      return panels(outputs) * most<int64_t>(1, pixels / (kTileBlocks<kPlanes, 2> * kTilePixels));
+      return panels(outputs) * tile_asks<kPlanes, 2>((pixels + kTilePixels - 1) / kTilePixels, steps());
     }
     void panel(const Rows& x, int64_t pixels, int64_t panel, A* sums, Ahead* ahead) const {
       TileProduct a{};

@@ -97,27 +97,31 @@ TRANCHE_INLINE void tile_block(const TileProduct& a, const uint32_t* x, float* o
   if constexpr (kSums > 3) tile_load<3>(a.bias + 16 * (3 % kColumns), 0);
   const int64_t stride = a.step * 4, block = a.block;
   const uint32_t* w = a.w;
+  const auto ask = [&] {
+    weights.ask();
+    if (a.ahead) a.ahead->ask();
+  };
   for (int64_t s = 0; s < a.steps; ++s, w += kPlanes * 2 * kTileUnits) {
     const uint32_t* high = x + a.offset[s];
     if constexpr (kPlanes == 1) {
       tile_dots<kBlocks, kColumns, true, true>(high, block, stride, w);
-      weights.ask();
+      ask();
     } else {  // small terms first, in an order that loads one side at a time
       constexpr int kOther = kColumns == 1 ? 7 : 6;
       const uint32_t *middle = high + a.plane, *low = middle + a.plane;
       const uint32_t *w_middle = w + 2 * kTileUnits, *w_low = w_middle + 2 * kTileUnits;
       tile_dots<kBlocks, kColumns, true, true>(low, block, stride, w);
-      weights.ask();
+      ask();
       tile_dots<kBlocks, kColumns, true, false>(middle, block, stride, w);
-      weights.ask();
+      ask();
       tile_dots<kBlocks, kColumns, false, true, kOther>(middle, block, stride, w_middle);
-      weights.ask();
+      ask();
       tile_dots<kBlocks, kColumns, true, false, kOther>(high, block, stride, w_middle);
-      weights.ask();
+      ask();
       tile_dots<kBlocks, kColumns, false, true, kOther>(high, block, stride, w_low);
-      weights.ask();
+      ask();
       tile_dots<kBlocks, kColumns, false, kColumns != 1>(high, block, stride, w);
-      weights.ask();
+      ask();
     }
   }
   constexpr int64_t kStride = kPanel * 4;
@@ -133,6 +137,13 @@ TRANCHE_INLINE void tile_block(const TileProduct& a, const uint32_t* x, float* o
 template <int kPlanes, int kColumns>
 constexpr int64_t kTileBlocks = kPlanes == 1 ? 4 / kColumns : 2;
 
+// How often a panel's product asks for what comes after it.
+template <int kPlanes, int kColumns>
+static int64_t tile_asks(int64_t blocks, int64_t steps) {
+  constexpr int64_t kMost = kTileBlocks<kPlanes, kColumns>;
+  return (blocks + kMost - 1) / kMost * steps * (kPlanes == 1 ? 1 : 6);
+}
+
 template <int kPlanes, int kColumns>
 static void tile_columns(const TileProduct& a) {
   constexpr int64_t kMost = kTileBlocks<kPlanes, kColumns>;
@@ -141,11 +152,11 @@ static void tile_columns(const TileProduct& a) {
   int64_t left = a.blocks;
   // The next panel's weights, which follow, are asked for a line or two at a time: loads of tiles wait for
   // memory, and for many requests at once.
-  const int64_t units = a.steps * kPlanes * 2 * kTileUnits, asks = a.steps * (kPlanes == 1 ? 1 : 6);
-  Ahead weights(a.w + units, 1, 0, units * int64_t(sizeof *a.w), (a.blocks + kMost - 1) / kMost * asks);
+  const int64_t units = a.steps * kPlanes * 2 * kTileUnits;
+  const int64_t asks = tile_asks<kPlanes, kColumns>(a.blocks, a.steps);
+  Ahead weights(a.w + units, 1, 0, units * int64_t(sizeof *a.w), asks);
   for (; left >= kMost; left -= kMost, x += kMost * a.block, out += kMost * a.rows * kPanel) {
     tile_block<kPlanes, int(kMost), kColumns>(a, x, out, weights);
-    if (a.ahead) a.ahead->ask();
   }
   if constexpr (kMost > 2) {
     if (left == 3) return tile_block<kPlanes, 3, kColumns>(a, x, out, weights);
