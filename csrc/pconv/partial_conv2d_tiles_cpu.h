@@ -15,6 +15,7 @@ template <class T>
 class TileConvolution {
  public:
   static constexpr int kPlanes = PlanesOf<T>::value;
+  static constexpr int64_t kSharedWeights = 2048;  // of a pixel, or more: threads share the outputs
   using A = float;
   using Unit = uint32_t;
 
@@ -160,6 +161,7 @@ class TileConvolution {
       const int64_t live = least(kPanel, p_.c_out - panel * kPanel);
       a.w = weights_ + panel * panel_units();
       a.bias = biases_ + panel * kPanel;
+      a.fetch_ahead = panel + 1 < end;
       product<kPlanes>(a, live);
       for (int64_t r = 0; r < rows; ++r) mend<kPlanes>(a, r * pitch(), p_.out_width, live);
       epilogue(panel * kPanel, live, static_cast<const A*>(sums));

@@ -172,6 +172,7 @@ struct TileMath {
       a.out = sums;
       a.blocks = (pixels + kTilePixels - 1) / kTilePixels;
       a.rows = kTilePixels;
+      a.fetch_ahead = panel + 1 < panels(outputs);
       a.ahead = ahead;
       const int64_t live = least(kPanel, outputs - panel * kPanel);
       product<kPlanes>(a, live);

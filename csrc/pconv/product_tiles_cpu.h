@@ -60,6 +60,7 @@ struct TileProduct {
   const float* bias;              // [kPanel]
   float* out;                     // [blocks * rows][kPanel]
   int64_t blocks, rows;
+  bool fetch_ahead;  // another panel's weights follow, and are next
   Ahead* ahead;  // what else to ask for, or null
 };
 
@@ -154,7 +155,8 @@ static void tile_columns(const TileProduct& a) {
   // memory, and for many requests at once.
   const int64_t units = a.steps * kPlanes * 2 * kTileUnits;
   const int64_t asks = tile_asks<kPlanes, kColumns>(a.blocks, a.steps);
-  Ahead weights(a.w + units, 1, 0, units * int64_t(sizeof *a.w), asks);
+  Ahead weights;
+  if (a.fetch_ahead) weights = Ahead(a.w + units, 1, 0, units * int64_t(sizeof *a.w), asks);
   for (; left >= kMost; left -= kMost, x += kMost * a.block, out += kMost * a.rows * kPanel) {
     tile_block<kPlanes, int(kMost), kColumns>(a, x, out, weights);
   }
