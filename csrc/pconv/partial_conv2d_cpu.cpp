@@ -28,13 +28,12 @@ class PartialConvolution {
     const int64_t few_pixels = weights_of_output * p.c_out / Convolution::kSharedWeights;
     by_channel_ = !p.in_place && !p.copies && conv_.packs_apart() &&
                   p.batch * p.out_height * p.out_width <= few_pixels;
-    packs_first_ = !conv_.reads_x() && (by_channel_ || (p.in_place && !image_tasks));
+    packs_first_ = by_channel_ || (p.in_place && !image_tasks);
     task_rows_ = p.out_height;
     if (!image_tasks) {  // at least two tasks per thread, and what they pack stays in the second-level cache
       constexpr int64_t kPackedBytes = 512 << 10;
       const int64_t wanted = (2 * threads + p.batch - 1) / p.batch;
-      const int64_t row_bytes = conv_.packed_units(1) * int64_t(sizeof(Unit));
-      const int64_t fitting = row_bytes > 0 ? kPackedBytes / row_bytes : 1;
+      const int64_t fitting = kPackedBytes / (conv_.packed_units(1) * int64_t(sizeof(Unit)));
       const int64_t most_rows = most<int64_t>(1, least(task_rows_, most(conv_.pass_rows(), fitting)));
       const int64_t tasks = round_up((p.out_height + most_rows - 1) / most_rows, wanted);
       task_rows_ = most<int64_t>(1, (p.out_height + tasks - 1) / tasks);
@@ -71,9 +70,7 @@ class PartialConvolution {
       parallel_shares(conv_.all_panels(), slots_, [&](int64_t begin, int64_t end, int64_t slot) {
         for (int64_t b = 0; b < p_.batch; ++b) {
           for (int64_t r = 0; r < p_.out_height; r += conv_.pass_rows()) {
-            const Unit* packed = conv_.reads_x()
-                                     ? conv_.row_of_x(b, conv_.first_row(r))
-                                     : packed_ + (b * height + conv_.first_row(r)) * conv_.row_units();
+            const Unit* packed = packed_ + (b * height + conv_.first_row(r)) * conv_.row_units();
             pass(b, r, least(conv_.pass_rows(), p_.out_height - r), packed, sums_ + slot * conv_.pass_sums(),
                  begin, end);
           }
@@ -85,9 +82,7 @@ class PartialConvolution {
       const int64_t b = task / tasks_, first = task % tasks_ * task_rows_;
       const int64_t rows = least(task_rows_, p_.out_height - first), first_row = conv_.first_row(first);
       Unit* memory = packed_ + slot * packed_step_;
-      const Unit* packed = conv_.reads_x() ? conv_.row_of_x(b, first_row)
-                           : packs_first_  ? memory + (b * height + first_row) * conv_.row_units()
-                                           : memory;
+      const Unit* packed = packs_first_ ? memory + (b * height + first_row) * conv_.row_units() : memory;
       int64_t done = 0, copied = 0;  // rows of this task's that are packed, and passed through
       for (int64_t r = 0; r < rows; r += conv_.pass_rows()) {
         const int64_t count = least(conv_.pass_rows(), rows - r);
@@ -98,7 +93,7 @@ class PartialConvolution {
         const int64_t reached = least(rows, most(r + count, first_row + needed - p_.padding[0] - first));
         copy_untouched(b, first + copied, reached - copied);
         copied = reached;
-        if (!packs_first_ && !conv_.reads_x() && needed > done) {
+        if (!packs_first_ && needed > done) {
           conv_.pack(b, first_row + done, needed - done, memory, plane_, done);
           done = needed;
         }

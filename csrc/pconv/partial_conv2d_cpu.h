@@ -33,8 +33,7 @@ class SliceConvolution {
         depth_(depthwise_ ? 1 : units<K>(group_in_)),
         taps_(int64_t(p.kernel[0]) * p.kernel[1]),
         merged_(taps_of_segment(p, depth_)),
-        reads_x_(product_reads(p)),
-        pixel_(reads_x_ ? p.x_stride[3] : units<K>(group_in_) * groups_),
+        pixel_(units<K>(group_in_) * groups_),
         packed_width_(p.width + 2 * int64_t(p.padding[1])) {
     // A pass makes about as many pixels as let its results stay in the first-level cache.
     constexpr int64_t kPassPixels = 224;
@@ -53,7 +52,7 @@ class SliceConvolution {
   void prepare() const {
     for (int64_t s = 0; s < segments(); ++s) {
       const int64_t ky = s * merged_ / p_.kernel[1], kx = s * merged_ % p_.kernel[1];
-      offsets_[s] = ky * p_.dilation[0] * row_units() + kx * p_.dilation[1] * pixel_;
+      offsets_[s] = (ky * p_.dilation[0] * packed_width_ + kx * p_.dilation[1]) * pixel_;
     }
   }
 
@@ -80,13 +79,7 @@ class SliceConvolution {
   }
 
   int64_t pass_rows() const { return pass_rows_; }
-  // The product reads x itself, packed row r of image b at row_of_x(b, r).
-  bool reads_x() const { return reads_x_; }
-  const Unit* row_of_x(int64_t b, int64_t r) const {
-    const T* x = static_cast<const T*>(p_.x) + p_.start * p_.x_stride[1];
-    return reinterpret_cast<const Unit*>(x + b * p_.x_stride[0] + r * p_.x_stride[2]);
-  }
-  int64_t row_units() const { return reads_x_ ? p_.x_stride[2] : packed_width_ * pixel_; }
+  int64_t row_units() const { return packed_width_ * pixel_; }
   int64_t input_rows(int64_t rows) const {
     return (rows - 1) * p_.stride[0] + int64_t(p_.kernel[0] - 1) * p_.dilation[0] + 1;
   }
@@ -97,7 +90,7 @@ class SliceConvolution {
   // Pixels from one row of sums to the next.
   int64_t pitch() const { return p_.out_width; }
   // Units that packing `rows` input rows takes, and sums that a pass makes.
-  int64_t plane_units(int64_t rows) const { return reads_x_ ? 0 : rows * row_units() + kOverRead; }
+  int64_t plane_units(int64_t rows) const { return rows * row_units() + kOverRead; }
   int64_t packed_units(int64_t rows) const { return plane_units(rows); }
   int64_t pass_sums() const { return pass_rows_ * p_.out_width * kPanel; }
 
@@ -170,12 +163,6 @@ class SliceConvolution {
     return p.groups == 1 && p.dilation[1] == 1 && p.kernel[1] * depth <= kShort ? p.kernel[1] : 1;
   }
 
-  // Whether x lies as packed rows would: without padding, a segment's values side by side.
-  bool product_reads(const PartialConv2dParams& p) const {
-    return __is_same(T, Unit) && !depthwise_ && !p.in_place && p.padding[0] + p.padding[1] == 0 &&
-           p.x_stride[1] == 1 && (merged_ == 1 || p.x_stride[3] == p.c_in);
-  }
-
   void pack_row(const T* x, Unit* packed) const {
     X* to = reinterpret_cast<X*>(packed);
     const int64_t group_elements = units<K>(group_in_) * K::kPair;
@@ -222,9 +209,7 @@ class SliceConvolution {
 
   const PartialConv2dParams& p_;
   const bool depthwise_;
-  const int64_t groups_, group_in_, group_out_, depth_, taps_, merged_;
-  const bool reads_x_;
-  const int64_t pixel_, packed_width_;
+  const int64_t groups_, group_in_, group_out_, depth_, taps_, merged_, pixel_, packed_width_;
   int64_t pass_rows_ = 1;
   int64_t* offsets_ = nullptr;
   Unit* weights_ = nullptr;

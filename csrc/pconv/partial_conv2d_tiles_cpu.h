@@ -39,7 +39,7 @@ class TileConvolution {
     // where rows of tiles cross lines of the cache.
     const TileSteps steps = steps_of(p);
     const bool gathers = p.stride[0] != 1 || p.stride[1] != 1;
-    if (gathers && p.c_in < kGathered) return false;
+    if (kPlanes > 1 && gathers && p.c_in < kGathered) return false;
     const int64_t step = units<B16>(p.c_in) * (gathers ? int64_t(p.kernel[0]) * p.kernel[1] : 1);
     const int64_t product = (kPlanes == 1 ? 1 : 6) * (step % 16 == 0 ? 2 : 5);
     return product * steps.count() <= int64_t(p.kernel[0]) * p.kernel[1] * p.c_in;
@@ -82,8 +82,6 @@ class TileConvolution {
   }
 
   int64_t pass_rows() const { return pass_rows_; }
-  static bool reads_x() { return false; }
-  static const Unit* row_of_x(int64_t, int64_t) { return nullptr; }
   int64_t row_units() const { return gathers_ ? p_.out_width * window_units() : packed_width_ * pixel_; }
   // The packed row where an output row's window begins.
   int64_t first_row(int64_t output) const { return output; }
@@ -169,7 +167,7 @@ class TileConvolution {
   }
 
  private:
-  // Channels of a pixel that are worth copying, one by one, into the windows of a strided convolution.
+  // Channels of a pixel that are worth splitting and copying into the windows of a strided convolution.
   static constexpr int64_t kGathered = 8;
 
   // The taps of a kernel's row as one segment.

@@ -241,7 +241,7 @@ def test_few_pixels_of_many_channels(dtype, options):
     ],
 )
 def test_windows_without_padding(dtype, options):
-    """Where x lies as the product wants it, it is not packed: the bits are those of any other layout."""
+    """Windows may lie side by side in x, and be packed so: the bits are those of any other layout."""
     given = {"out": 40, "bias": True, "channels_last": True, "padding": 0, "dtype": dtype}
     case = make_case(shape=(3, options["width"], 13, 17), **(given | options))
     want = case.run(conv2d_slice)
