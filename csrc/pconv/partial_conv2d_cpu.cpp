@@ -25,8 +25,9 @@ class PartialConvolution {
     const int64_t threads = num_threads();
     const bool image_tasks = p.in_place && (p.batch >= threads || !conv_.packs_apart());
     const int64_t weights_of_output = int64_t(p.c_in) / p.groups * p.kernel[0] * p.kernel[1];
+    const int64_t few_pixels = weights_of_output * p.c_out / Convolution::kSharedWeights;
     by_channel_ = !p.in_place && !p.copies && conv_.packs_apart() &&
-                  p.batch * p.out_height * p.out_width <= weights_of_output * p.c_out / kWeightsOfPixel;
+                  p.batch * p.out_height * p.out_width <= few_pixels;
     packs_first_ = by_channel_ || (p.in_place && !image_tasks);
     task_rows_ = p.out_height;
     if (!image_tasks) {  // at least two tasks per thread, and what they pack stays in the second-level cache
@@ -38,7 +39,10 @@ class PartialConvolution {
       task_rows_ = most<int64_t>(1, (p.out_height + tasks - 1) / tasks);
     }
     tasks_ = (p.out_height + task_rows_ - 1) / task_rows_;
-    slots_ = by_channel_ ? threads : least(threads, p.batch * tasks_);
+    // One thread has multiplied fewer weights before another would begin.
+    constexpr int64_t kWorthThreads = 1 << 16;
+    const int64_t sharers = weights_of_output * p.c_out < kWorthThreads ? 1 : threads;
+    slots_ = by_channel_ ? sharers : least(threads, p.batch * tasks_);
     Arena packed(p.packed), &weights = p.packed ? packed : arena_;
     conv_.take_weights(weights);
     packed_bytes_ = weights.used();

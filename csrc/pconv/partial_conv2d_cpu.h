@@ -19,6 +19,7 @@ TRANCHE_INLINE bool is_depthwise(const PartialConv2dParams& p) {
 template <class T, class K>
 class SliceConvolution {
  public:
+  static constexpr int64_t kSharedWeights = kWeightsOfPixel;
   using X = typename K::X;
   using A = typename K::A;
   using Unit = typename K::Unit;

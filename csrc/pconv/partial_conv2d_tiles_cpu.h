@@ -15,14 +15,17 @@ template <class T>
 class TileConvolution {
  public:
   static constexpr int kPlanes = PlanesOf<T>::value;
+  static constexpr int64_t kSharedWeights = 2048;  // of a pixel, or more: threads share the outputs
   using A = float;
   using Unit = uint32_t;
 
   explicit TileConvolution(const PartialConv2dParams& p)
       : p_(p),
         gathers_(p.stride[0] != 1 || p.stride[1] != 1),
-        pixel_(units<B16>(p.c_in)),
+        whole_(gathers_ && p.padding[0] + p.padding[1] == 0 && p.dilation[1] == 1 && p.x_stride[1] == 1 &&
+               p.x_stride[3] == p.c_in && p.c_in % 2 == 0),
         taps_(int64_t(p.kernel[0]) * p.kernel[1]),
+        pixel_(units<B16>(p.c_in)),
         packed_width_(p.width + 2 * int64_t(p.padding[1])),
         steps_(steps_of(p)) {
     constexpr int64_t kPassPixels = 224;
@@ -36,6 +39,7 @@ class TileConvolution {
     // where rows of tiles cross lines of the cache.
     const TileSteps steps = steps_of(p);
     const bool gathers = p.stride[0] != 1 || p.stride[1] != 1;
+    if (kPlanes > 1 && gathers && p.c_in < kGathered) return false;
     const int64_t step = units<B16>(p.c_in) * (gathers ? int64_t(p.kernel[0]) * p.kernel[1] : 1);
     const int64_t product = (kPlanes == 1 ? 1 : 6) * (step % 16 == 0 ? 2 : 5);
     return product * steps.count() <= int64_t(p.kernel[0]) * p.kernel[1] * p.c_in;
@@ -85,14 +89,14 @@ class TileConvolution {
     return gathers_ ? rows : rows + int64_t(p_.kernel[0] - 1) * p_.dilation[0];
   }
   int64_t packed_rows() const { return gathers_ ? p_.out_height : p_.height + 2 * int64_t(p_.padding[0]); }
-  bool packs_apart() const { return !gathers_; }  // rows may be packed side by side by several threads
+  bool packs_apart() const { return !gathers_ || whole_; }  // rows may be packed by several threads at once
   // Pixels from one row of sums to the next.
   int64_t pitch() const { return gathers_ ? p_.out_width : packed_width_; }
-  // Units of one part of `rows` packed rows: the last tile reads beyond them, and a row to gather from is
+  // Units of one part of `rows` packed rows: the last tile reads beyond them, and a row to gather from may be
   // behind.
   int64_t plane_units(int64_t rows) const {
     const int64_t beyond = kTilePixels * step() + steps_.depth;
-    return round_up(rows * row_units() + beyond, 16) + (gathers_ ? packed_width_ * pixel_ : 0);
+    return round_up(rows * row_units() + beyond, 16) + (gathers_ && !whole_ ? packed_width_ * pixel_ : 0);
   }
   int64_t packed_units(int64_t rows) const { return kPlanes * plane_units(rows); }
   int64_t pass_sums() const { return round_up(pass_rows_ * pitch(), kTilePixels) * kPanel; }
@@ -107,6 +111,14 @@ class TileConvolution {
         continue;
       }
       for (int64_t ky = 0; ky < p_.kernel[0]; ++ky) {
+        if (whole_) {
+          const T* x = row_of(b, r * p_.stride[0] + ky * p_.dilation[0]);
+          uint16_t* to = reinterpret_cast<uint16_t*>(packed + ky * p_.kernel[1] * pixel_);
+          for (int64_t i = 0; i < p_.out_width; ++i, x += p_.stride[1] * p_.c_in, to += window_units() * 2) {
+            put(x, p_.kernel[1] * p_.c_in, to, plane * 2);
+          }
+          continue;
+        }
         pack_row(b, r * p_.stride[0] + ky * p_.dilation[0] - p_.padding[0], line, plane);
         for (int64_t part = 0; part < kPlanes; ++part) {
           const Unit* from = line + part * plane;
@@ -128,11 +140,14 @@ class TileConvolution {
   template <class Epilogue>
   void compute(int64_t rows, const Unit* packed, int64_t plane, A* sums, int64_t begin, int64_t end,
                const Epilogue& epilogue) const {
-    const Tiles tiles = tiles_of_depth(steps_.unit);
     TileProduct a{};
+    const int64_t pixels = (rows - 1) * pitch() + p_.out_width;
+    a.blocks = (pixels + kTilePixels - 1) / kTilePixels;
+    a.rows = (pixels + a.blocks - 1) / a.blocks;
+    const Tiles tiles = tiles_of(a.rows, steps_.unit);
     a.x = packed;
     a.step = step();
-    a.block = kTilePixels * step();
+    a.block = a.rows * step();
     a.plane = plane;
     a.offset = offsets_;
     a.steps = steps_.count();
@@ -140,11 +155,11 @@ class TileConvolution {
     a.overlap = steps_.overlap();
     a.depth = steps_.unit;
     a.out = sums;
-    a.blocks = ((rows - 1) * pitch() + p_.out_width + kTilePixels - 1) / kTilePixels;
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t live = least(kPanel, p_.c_out - panel * kPanel);
       a.w = weights_ + panel * panel_units();
       a.bias = biases_ + panel * kPanel;
+      a.fetch_ahead = panel + 1 < end;
       product<kPlanes>(a, live);
       for (int64_t r = 0; r < rows; ++r) mend<kPlanes>(a, r * pitch(), p_.out_width, live);
       epilogue(panel * kPanel, live, static_cast<const A*>(sums));
@@ -152,6 +167,9 @@ class TileConvolution {
   }
 
  private:
+  // Channels of a pixel that are worth splitting and copying into the windows of a strided convolution.
+  static constexpr int64_t kGathered = 8;
+
   // The taps of a kernel's row as one segment.
   static bool merges(const PartialConv2dParams& p) { return p.dilation[1] == 1 || p.kernel[1] == 1; }
   static TileSteps steps_of(const PartialConv2dParams& p) {
@@ -160,10 +178,16 @@ class TileConvolution {
     return merges(p) ? TileSteps(kh, kw * pixel) : TileSteps(kh * kw, pixel);
   }
 
-  int64_t window_units() const { return taps_ * pixel_; }
+  // Of a pixel's window in the packed rows: lines of one set of the cache are not to hold all rows of a tile.
+  int64_t window_units() const { return spread(taps_ * pixel_); }
+  static int64_t spread(int64_t units) { return units % 32 == 0 ? units + 16 : units; }
   int64_t step() const { return gathers_ ? window_units() : pixel_; }
   int64_t panel_units() const { return steps_.count() * kPlanes * 2 * kTileUnits; }
   int64_t scratch_units() const { return round_up(taps_ * p_.c_in * kPanel, 16); }
+
+  const T* row_of(int64_t b, int64_t y) const {
+    return static_cast<const T*>(p_.x) + b * p_.x_stride[0] + p_.start * p_.x_stride[1] + y * p_.x_stride[2];
+  }
 
   // Row y of the image with its padding, in every part.
   void pack_row(int64_t b, int64_t y, Unit* packed, int64_t plane) const {
@@ -175,8 +199,7 @@ class TileConvolution {
       if (inside) memset(to + units - side, 0, size_t(side) * sizeof(Unit));
     }
     if (!inside) return;
-    const T* x =
-        static_cast<const T*>(p_.x) + b * p_.x_stride[0] + p_.start * p_.x_stride[1] + y * p_.x_stride[2];
+    const T* x = row_of(b, y);
     const int64_t channel = p_.x_stride[1], pixel = p_.x_stride[3];
     uint16_t* to = reinterpret_cast<uint16_t*>(packed + side);
     if (channel == 1) {
@@ -186,7 +209,7 @@ class TileConvolution {
         for (int64_t at = 0; at < bytes; at += 64) {
           __builtin_prefetch(reinterpret_cast<const char*>(x) + ahead + at);
         }
-        put(x, to + i * pixel_ * 2, plane * 2);
+        put(x, p_.c_in, to + i * pixel_ * 2, plane * 2);
       }
       return;
     }
@@ -204,16 +227,16 @@ class TileConvolution {
     }
   }
 
-  // The channels of a pixel that lie side by side.
-  void put(const T* from, uint16_t* to, int64_t plane) const {
+  // n channels that lie side by side.
+  static void put(const T* from, int64_t n, uint16_t* to, int64_t plane) {
     int64_t c = 0;
-    for (; kPlanes > 1 && c + 32 <= p_.c_in; c += 32) {
+    for (; kPlanes > 1 && c + 32 <= n; c += 32) {
       __m512i part[kPlanes];
       split32(load16(from + c, 16), load16(from + c + 16, 16), part);
 #pragma GCC unroll 3
       for (int p = 0; p < kPlanes; ++p) _mm512_storeu_si512(to + c + p * plane, part[p]);
     }
-    for (; c < p_.c_in; c += 16) put16(from + c, int(least<int64_t>(16, p_.c_in - c)), to + c, plane);
+    for (; c < n; c += 16) put16(from + c, int(least<int64_t>(16, n - c)), to + c, plane);
   }
 
   TRANCHE_INLINE void put16(const T* from, int n, uint16_t* to, int64_t plane) {
@@ -234,8 +257,8 @@ class TileConvolution {
   }
 
   const PartialConv2dParams& p_;
-  const bool gathers_;
-  const int64_t pixel_, taps_, packed_width_;
+  const bool gathers_, whole_;  // whole: a kernel's row of a window lies side by side in x
+  const int64_t taps_, pixel_, packed_width_;
   const TileSteps steps_;
   int64_t pass_rows_ = 1, slots_ = 1;
   int64_t* offsets_ = nullptr;

@@ -156,7 +156,7 @@ struct TileMath {
       }
     }
     int64_t asks(int64_t pixels) const {
-      return panels(outputs) * most<int64_t>(1, pixels / (kTileBlocks<kPlanes, 2> * kTilePixels));
+      return panels(outputs) * tile_asks<kPlanes, 2>((pixels + kTilePixels - 1) / kTilePixels, steps());
     }
     void panel(const Rows& x, int64_t pixels, int64_t panel, A* sums, Ahead* ahead) const {
       TileProduct a{};
@@ -171,6 +171,8 @@ struct TileMath {
       a.bias = biases + panel * kPanel;
       a.out = sums;
       a.blocks = (pixels + kTilePixels - 1) / kTilePixels;
+      a.rows = kTilePixels;
+      a.fetch_ahead = panel + 1 < panels(outputs);
       a.ahead = ahead;
       const int64_t live = least(kPanel, outputs - panel * kPanel);
       product<kPlanes>(a, live);

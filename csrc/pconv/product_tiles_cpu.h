@@ -42,12 +42,14 @@ TRANCHE_INLINE void split16(Vec x, __m256i (&part)[kPlanes]) {
   for (int p = 0; p < kPlanes; ++p) part[p] = _mm512_castsi512_si256(wide[p]);
 }
 
-// Tiles 0..3 for sums, 4 and 5 for pixels of `depth` units, 6 and 7 for as many units of weights.
-TRANCHE_INLINE Tiles tiles_of_depth(int64_t depth) {
-  return Tiles({{}, {}, {}, {}, {16, 4 * depth}, {16, 4 * depth}, {depth, 64}, {depth, 64}});
+// Tiles 0..3 for sums of `rows` pixels, 4 and 5 for pixels of `depth` units, 6 and 7 for as many units of
+// weights. A product takes the longer the more rows it has.
+TRANCHE_INLINE Tiles tiles_of(int64_t rows, int64_t depth) {
+  const TileShape sums{rows, 64}, pixels{rows, 4 * depth}, weights{depth, 64};
+  return Tiles({sums, sums, sums, sums, pixels, pixels, weights, weights});
 }
 
-// One panel of outputs for `blocks` blocks of 16 pixels.
+// One panel of outputs for `blocks` blocks of `rows` pixels.
 struct TileProduct {
   const uint32_t* x;           // the first part of the first pixel
   int64_t step, block, plane;  // units between pixels, between blocks of them, and between parts
@@ -56,8 +58,9 @@ struct TileProduct {
   int64_t depth;                  // units of a step
   const uint32_t* w;              // [steps][parts][2][16 units][16 outputs]
   const float* bias;              // [kPanel]
-  float* out;                     // [blocks * 16][kPanel]
-  int64_t blocks;
+  float* out;                     // [blocks * rows][kPanel]
+  int64_t blocks, rows;
+  bool fetch_ahead;  // another panel's weights follow, and are next
   Ahead* ahead;  // what else to ask for, or null
 };
 
@@ -87,7 +90,7 @@ TRANCHE_INLINE void tile_dots(const uint32_t* x, int64_t block, int64_t stride, 
 }
 
 template <int kPlanes, int kBlocks, int kColumns>
-static void tile_block(const TileProduct& a, const uint32_t* x, float* out) {
+TRANCHE_INLINE void tile_block(const TileProduct& a, const uint32_t* x, float* out, Ahead& weights) {
   constexpr int kSums = kBlocks * kColumns;
   tile_load<0>(a.bias, 0);
   if constexpr (kSums > 1) tile_load<1>(a.bias + 16 * (1 % kColumns), 0);
@@ -95,27 +98,39 @@ static void tile_block(const TileProduct& a, const uint32_t* x, float* out) {
   if constexpr (kSums > 3) tile_load<3>(a.bias + 16 * (3 % kColumns), 0);
   const int64_t stride = a.step * 4, block = a.block;
   const uint32_t* w = a.w;
+  const auto ask = [&] {
+    weights.ask();
+    if (a.ahead) a.ahead->ask();
+  };
   for (int64_t s = 0; s < a.steps; ++s, w += kPlanes * 2 * kTileUnits) {
     const uint32_t* high = x + a.offset[s];
     if constexpr (kPlanes == 1) {
       tile_dots<kBlocks, kColumns, true, true>(high, block, stride, w);
+      ask();
     } else {  // small terms first, in an order that loads one side at a time
       constexpr int kOther = kColumns == 1 ? 7 : 6;
       const uint32_t *middle = high + a.plane, *low = middle + a.plane;
       const uint32_t *w_middle = w + 2 * kTileUnits, *w_low = w_middle + 2 * kTileUnits;
       tile_dots<kBlocks, kColumns, true, true>(low, block, stride, w);
+      ask();
       tile_dots<kBlocks, kColumns, true, false>(middle, block, stride, w);
+      ask();
       tile_dots<kBlocks, kColumns, false, true, kOther>(middle, block, stride, w_middle);
+      ask();
       tile_dots<kBlocks, kColumns, true, false, kOther>(high, block, stride, w_middle);
+      ask();
       tile_dots<kBlocks, kColumns, false, true, kOther>(high, block, stride, w_low);
+      ask();
       tile_dots<kBlocks, kColumns, false, kColumns != 1>(high, block, stride, w);
+      ask();
     }
   }
-  constexpr int64_t kNext = kTilePixels * kPanel, kStride = kPanel * 4;
+  constexpr int64_t kStride = kPanel * 4;
+  const int64_t next = a.rows * kPanel;
   tile_store<0>(out, kStride);
-  if constexpr (kSums > 1) tile_store<1>(out + 1 / kColumns * kNext + 16 * (1 % kColumns), kStride);
-  if constexpr (kSums > 2) tile_store<2>(out + 2 / kColumns * kNext, kStride);
-  if constexpr (kSums > 3) tile_store<3>(out + 3 / kColumns * kNext + 16 * (3 % kColumns), kStride);
+  if constexpr (kSums > 1) tile_store<1>(out + 1 / kColumns * next + 16 * (1 % kColumns), kStride);
+  if constexpr (kSums > 2) tile_store<2>(out + 2 / kColumns * next, kStride);
+  if constexpr (kSums > 3) tile_store<3>(out + 3 / kColumns * next + 16 * (3 % kColumns), kStride);
 }
 
 // Tiles of pixels that are multiplied together: more share the weights, but no more than two the pixels that
@@ -123,21 +138,33 @@ static void tile_block(const TileProduct& a, const uint32_t* x, float* out) {
 template <int kPlanes, int kColumns>
 constexpr int64_t kTileBlocks = kPlanes == 1 ? 4 / kColumns : 2;
 
+// How often a panel's product asks for what comes after it.
+template <int kPlanes, int kColumns>
+static int64_t tile_asks(int64_t blocks, int64_t steps) {
+  constexpr int64_t kMost = kTileBlocks<kPlanes, kColumns>;
+  return (blocks + kMost - 1) / kMost * steps * (kPlanes == 1 ? 1 : 6);
+}
+
 template <int kPlanes, int kColumns>
 static void tile_columns(const TileProduct& a) {
   constexpr int64_t kMost = kTileBlocks<kPlanes, kColumns>;
   const uint32_t* x = a.x;
   float* out = a.out;
   int64_t left = a.blocks;
-  for (; left >= kMost; left -= kMost, x += kMost * a.block, out += kMost * kTilePixels * kPanel) {
-    tile_block<kPlanes, int(kMost), kColumns>(a, x, out);
-    if (a.ahead) a.ahead->ask();
+  // The next panel's weights, which follow, are asked for a line or two at a time: loads of tiles wait for
+  // memory, and for many requests at once.
+  const int64_t units = a.steps * kPlanes * 2 * kTileUnits;
+  const int64_t asks = tile_asks<kPlanes, kColumns>(a.blocks, a.steps);
+  Ahead weights;
+  if (a.fetch_ahead) weights = Ahead(a.w + units, 1, 0, units * int64_t(sizeof *a.w), asks);
+  for (; left >= kMost; left -= kMost, x += kMost * a.block, out += kMost * a.rows * kPanel) {
+    tile_block<kPlanes, int(kMost), kColumns>(a, x, out, weights);
   }
   if constexpr (kMost > 2) {
-    if (left == 3) return tile_block<kPlanes, 3, kColumns>(a, x, out);
-    if (left == 2) return tile_block<kPlanes, 2, kColumns>(a, x, out);
+    if (left == 3) return tile_block<kPlanes, 3, kColumns>(a, x, out, weights);
+    if (left == 2) return tile_block<kPlanes, 2, kColumns>(a, x, out, weights);
   }
-  if (left == 1) tile_block<kPlanes, 1, kColumns>(a, x, out);
+  if (left == 1) tile_block<kPlanes, 1, kColumns>(a, x, out, weights);
 }
 
 // The panel's first `columns` outputs, under tiles of a.depth; what is written beyond them is of no meaning.
@@ -172,7 +199,7 @@ TRANCHE_INLINE Vec part_sums(const uint32_t* units, int half) {
 // 16 outputs of a pixel by plain FMAs.
 template <int kPlanes>
 static Vec chains_of(const TileProduct& a, int64_t pixel, int64_t output) {
-  const uint32_t* x = a.x + pixel / kTilePixels * a.block + pixel % kTilePixels * a.step;
+  const uint32_t* x = a.x + pixel / a.rows * a.block + pixel % a.rows * a.step;
   const uint32_t* w = a.w + output / 16 * kTileUnits;
   Vec sum = vload(a.bias + output);
   for (int64_t s = 0; s < a.steps; ++s, w += kPlanes * 2 * kTileUnits) {

@@ -202,7 +202,13 @@ def test_any_number_of_threads(dtype):
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize(
-    "options", [{"kernel": (1, 1), "width": 256}, {"groups": 2}, {"stride": 2, "out": 130}]
+    "options",
+    [
+        {"kernel": (1, 1), "width": 256},
+        {"groups": 2},
+        {"stride": 2, "out": 130},
+        {"stride": 2, "out": 130, "width": 256, "kernel": (2, 2), "padding": 0},
+    ],
 )
 def test_few_pixels_of_many_channels(dtype, options):
     """Threads share channels instead of pixels: the bits are those of a batch, whatever the threads."""
@@ -218,6 +224,34 @@ def test_few_pixels_of_many_channels(dtype, options):
             assert same_bits(case.run(conv2d_slice), want[5:6])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"width": 3, "kernel": (4, 4), "stride": 4},
+        {"width": 3, "kernel": (2, 3), "stride": 2, "dilation": 2},
+        {"width": 12, "kernel": (2, 2), "stride": 2},
+        {"width": 64, "kernel": (2, 2), "stride": 2},
+        {"width": 34, "kernel": (2, 3), "stride": (1, 2)},
+        {"width": 8, "kernel": (3, 2), "stride": (1, 3), "groups": 2},
+        {"width": 50, "kernel": (3, 3)},
+        {"width": 20, "kernel": (1, 1)},
+    ],
+)
+def test_windows_without_padding(dtype, options):
+    """Windows may lie side by side in x, and be packed so: the bits are those of any other layout."""
+    given = {"out": 40, "bias": True, "channels_last": True, "padding": 0, "dtype": dtype}
+    case = make_case(shape=(3, options["width"], 13, 17), **(given | options))
+    want = case.run(conv2d_slice)
+    assert_correct(case, want, "conv2d_slice")
+    around = torch.full((3, options["width"] + 5, 15, 19), torch.nan, dtype=dtype)
+    around = around.contiguous(memory_format=torch.channels_last)[:, :, 1:-1, 1:-1]
+    around[:, 2:-3] = case.x
+    for x, start in ((case.x.contiguous(), 0), (around, 2), (case.x[1:], 0)):
+        got = conv2d_slice(x, case.weight, case.bias, **(case.options | {"start": start}))
+        assert same_bits(got, want[-x.size(0) :])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (4, 6)])

@@ -13,14 +13,24 @@ from tranche import _library
 
 
 class _Kept(NamedTuple):
-    weights: list[weakref.ref[Tensor]]  # no ids: that of a tensor which is gone may be another's
-    states: list[tuple[int, int]]
+    weights: list[tuple[weakref.ref[Tensor], int, int | None]]
     packed: Tensor
 
+    def is_of(self, weights: list[Tensor]) -> bool:
+        """Whether these are the weights, with the memory and the version they had."""
+        if len(weights) != len(self.weights):
+            return False
+        for weight, (kept, memory, version) in zip(weights, self.weights, strict=True):
+            if kept() is not weight or weight.data_ptr() != memory:
+                return False
+            if version is not None and weight._version != version:
+                return False
+        return True
 
-def _state(weight: Tensor) -> tuple[int, int]:
-    """What changes when `weight` is given other memory or written to."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+def _state(weight: Tensor) -> tuple[weakref.ref[Tensor], int, int | None]:
+    """The tensor (by no id, which may be another's once it is gone), its memory, and how often it was written to."""
+    return weakref.ref(weight), weight.data_ptr(), None if weight.is_inference() else weight._version
 
 
 def _is_watched() -> bool:
@@ -44,21 +54,17 @@ class KeepsPacked(nn.Module):
         if _is_watched() or _library.active() != _library.NAMESPACES[0]:
             return None
         given = [w for w in weights if w is not None]
+        kept = self._kept  # read once: another thread may be here too
+        if kept is not None and kept.is_of(given):
+            return kept.packed
         if not given[0].is_cpu:
             return None
         try:
             states = [_state(w) for w in given]
         except RuntimeError:  # what a transform wraps has no memory of its own
             return None
-        kept = self._kept  # read once: another thread may be here too
-        if (
-            kept is None
-            or kept.states != states
-            or any(r() is not w for r, w in zip(kept.weights, given, strict=True))
-        ):
-            with torch.inference_mode(False), torch.no_grad():
-                kept = _Kept([weakref.ref(w) for w in given], states, pack(*weights, **options))
-            self._kept = kept
+        with torch.inference_mode(False), torch.no_grad():
+            kept = self._kept = _Kept(states, pack(*weights, **options))
         return kept.packed
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
