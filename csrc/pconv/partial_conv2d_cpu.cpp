@@ -26,8 +26,8 @@ class PartialConvolution {
     const bool image_tasks = p.in_place && (p.batch >= threads || !conv_.packs_apart());
     const int64_t weights_of_output = int64_t(p.c_in) / p.groups * p.kernel[0] * p.kernel[1];
     const int64_t few_pixels = weights_of_output * p.c_out / Convolution::kSharedWeights;
-    by_channel_ = !p.in_place && !p.copies && conv_.packs_apart() &&
-                  p.batch * p.out_height * p.out_width <= few_pixels;
+    by_channel_ =
+        !p.in_place && !p.copies && conv_.packs_apart() && p.batch * p.out_height * p.out_width <= few_pixels;
     packs_first_ = by_channel_ || (p.in_place && !image_tasks);
     task_rows_ = p.out_height;
     if (!image_tasks) {  // at least two tasks per thread, and what they pack stays in the second-level cache

@@ -61,7 +61,7 @@ struct TileProduct {
   float* out;                     // [blocks * rows][kPanel]
   int64_t blocks, rows;
   bool fetch_ahead;  // another panel's weights follow, and are next
-  Ahead* ahead;  // what else to ask for, or null
+  Ahead* ahead;      // what else to ask for, or null
 };
 
 // Tiles 0..3 are sums, 4 and 5 pixels, 6 and 7 weights: both columns' of a panel, or the one's in tile kW.
