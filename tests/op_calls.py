@@ -356,6 +356,13 @@ def _(ops: Any, device: str, dtype: torch.dtype) -> None:
     ops.channel_stats(convolution(device, dtype)[0], 6)
 
 
+@call("channel_gate", *FLOATS)
+def _(ops: Any, device: str, dtype: torch.dtype) -> None:
+    x, _ = convolution(device, dtype)
+    n = x.size(1) - 6
+    ops.channel_gate(x, 6, normal(device, dtype, n, 2 * n), normal(device, dtype, n))
+
+
 # ---- rows ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-// Activation functions on vectors of float, for the CPU kernels of every family.
+// Activation functions for the CPU kernels of every family, most on vectors of float.
 #pragma once
 
 #include "core/simd.h"
@@ -39,5 +39,12 @@ TRANCHE_INLINE Vec vgelu(Vec x) {
 }
 
 TRANCHE_INLINE Vec vrelu(Vec x) { return vselect(vlt(x, vset(0.0f)), vset(0.0f), x); }
+
+// NaN stays.
+template <class A>
+TRANCHE_INLINE A hardsigmoid(A x) {
+  const A shifted = x + A(3);
+  return (shifted < A(0) ? A(0) : shifted > A(6) ? A(6) : shifted) / A(6);
+}
 
 }  // namespace tranche::cpu::TRANCHE_ISA

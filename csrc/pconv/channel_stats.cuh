@@ -16,7 +16,8 @@ struct ChannelStatsTraits {
 };
 
 // Block (x, y): channels from x * kChannels of image y, and of the images gridDim.y after it.
-template <class T>
+// R: the type of mean and std.
+template <class T, class R>
 __global__ void __launch_bounds__(ChannelStatsTraits::kThreads) channel_stats_kernel(ChannelStatsParams p) {
   constexpr int kChannels = ChannelStatsTraits::kChannels, kLanes = ChannelStatsTraits::kLanes;
   SHARED(float, means, kLanes* kChannels);
@@ -57,11 +58,21 @@ __global__ void __launch_bounds__(ChannelStatsTraits::kThreads) channel_stats_ke
       }
       const float nothing = bits_float(0x7fc00000u);  // of no pixels, and for one pixel's deviation
       const int64_t to = b * kept + channel;
-      static_cast<T*>(p.mean)[to] = from_float<T>(pixels > 0 ? mean : nothing);
-      static_cast<T*>(p.std)[to] = from_float<T>(pixels > 1 ? sqrtf(square / float(pixels - 1)) : nothing);
+      static_cast<R*>(p.mean)[to] = from_float<R>(pixels > 0 ? mean : nothing);
+      static_cast<R*>(p.std)[to] = from_float<R>(pixels > 1 ? sqrtf(square / float(pixels - 1)) : nothing);
     }
     __syncthreads();  // before the next image overwrites what is read here
   }
+}
+
+// Tiles of channels by images.
+template <class T, class R>
+void launch_channel_stats(const ChannelStatsParams& p, void* stream) {
+  constexpr int kChannels = ChannelStatsTraits::kChannels, kMostImages = 65535;
+  const unsigned tiles = unsigned((p.channels - p.start + kChannels - 1) / kChannels);
+  const unsigned images = unsigned(p.batch < kMostImages ? p.batch : kMostImages);
+  launch("channel_stats", channel_stats_kernel<T, R>,
+         {dim3(tiles, images), dim3(ChannelStatsTraits::kThreads)}, stream, p);
 }
 
 }  // namespace tranche

@@ -7,6 +7,7 @@
 
 #include "core/launch.cuh"
 #include "core/ptx.cuh"
+#include "pconv/hardsigmoid.cuh"
 #include "pconv/partial_mlp.h"
 
 namespace tranche {
@@ -32,11 +33,6 @@ struct PartialMlpLayerParams {
 __device__ __forceinline__ float activate(PartialMlpParams::Activation activation, float x) {
   if (activation == PartialMlpParams::Activation::relu) return x < 0.0f ? 0.0f : x;
   return 0.5f * x * erfcf(-x * 0.70710678118654752f);
-}
-
-__device__ __forceinline__ float hardsigmoid(float x) {
-  const float shifted = x + 3.0f;
-  return (shifted < 0.0f ? 0.0f : shifted > 6.0f ? 6.0f : shifted) / 6.0f;
 }
 
 // Where channel 0 of a pixel lies.

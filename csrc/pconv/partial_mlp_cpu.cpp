@@ -40,12 +40,6 @@ TRANCHE_INLINE void finish_pixel(const A* sums, const A* b2, const T* x, T* y, i
   }
 }
 
-template <class A>
-TRANCHE_INLINE A hardsigmoid(A x) {
-  const A shifted = x + A(3);
-  return (shifted < A(0) ? A(0) : shifted > A(6) ? A(6) : shifted) / A(6);
-}
-
 template <class T, class Math>
 class PartialMlp {
   using A = typename Math::A;

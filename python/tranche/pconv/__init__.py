@@ -11,6 +11,7 @@ from tranche.pconv.export import export_onnx
 from tranche.pconv.fold import fold
 from tranche.pconv.modules import PartialConv, replace_partial_convs
 from tranche.pconv.ops import (
+    channel_gate,
     channel_stats,
     conv2d_pack,
     conv2d_slice,
@@ -39,6 +40,7 @@ __all__ = [
     "PartialBlock",
     "PartialConv",
     "PartialNet",
+    "channel_gate",
     "channel_stats",
     "conv2d_pack",
     "conv2d_slice",

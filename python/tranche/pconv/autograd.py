@@ -200,15 +200,40 @@ def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     ctx.save_for_backward(x, *output)
 
 
-def _stats_backward(ctx: Any, grad_mean: Tensor, grad_std: Tensor) -> tuple[Tensor, None]:
-    x, mean, std = ctx.saved_tensors
+def _stats_gradient(
+    x: Tensor, start: int, mean: Tensor, std: Tensor, grad_mean: Tensor, grad_std: Tensor
+) -> Tensor:
+    """The gradient of x, whose channels from `start` on were measured."""
     pixels = x.size(2) * x.size(3)
-    part = x[:, ctx.start :]
     # a constant channel's deviation has no slope to speak of: torch says 0 there, and so do we
     slope = (grad_std / std).masked_fill(std == 0, 0) / (pixels - 1) if pixels > 1 else grad_std / 0.0
-    apart = part - mean[:, :, None, None]
+    apart = x[:, start:] - mean[:, :, None, None]
     grad = grad_mean[:, :, None, None] / pixels + slope[:, :, None, None] * apart
-    return F.pad(grad, (0, 0, 0, 0, ctx.start, 0)), None
+    return F.pad(grad, (0, 0, 0, 0, start, 0))
+
+
+def _stats_backward(ctx: Any, grad_mean: Tensor, grad_std: Tensor) -> tuple[Tensor, None]:
+    x, mean, std = ctx.saved_tensors
+    return _stats_gradient(x, ctx.start, mean, std, grad_mean, grad_std), None
+
+
+def _save_gate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.start, weight, bias = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _register_channel_gate(namespace: str) -> None:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+        x, weight, bias = ctx.saved_tensors
+        mean, std = getattr(torch.ops, namespace).channel_stats(x, ctx.start)
+        moments = torch.cat([mean, std], dim=1)
+        score = F.linear(moments, weight, bias)
+        score_grad = grad * ((score > -3) & (score < 3)) / 6
+        grad_mean, grad_std = (score_grad @ weight).chunk(2, dim=1)
+        grad_x = _stats_gradient(x, ctx.start, mean, std, grad_mean, grad_std)
+        return grad_x, None, score_grad.mT @ moments, score_grad.sum(0)
+
+    torch.library.register_autograd(f"{namespace}::channel_gate", backward, setup_context=_save_gate)
 
 
 for _namespace in _library.NAMESPACES:
@@ -216,6 +241,7 @@ for _namespace in _library.NAMESPACES:
     torch.library.register_autograd(
         f"{_namespace}::channel_stats", _stats_backward, setup_context=_save_stats
     )
+    _register_channel_gate(_namespace)
     _register_partial_conv2d(_namespace)
     _register_conv2d_slice(_namespace)
     _register_weight_grad(_namespace)

@@ -52,6 +52,10 @@ def _channel_stats(x: Tensor, start: int) -> tuple[Tensor, Tensor]:
     return part.mean((2, 3)), part.std((2, 3))
 
 
+def _channel_gate(x: Tensor, start: int, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.hardsigmoid(F.linear(torch.cat(_channel_stats(x, start), dim=1), weight, bias))
+
+
 def _partial_mlp(
     x: Tensor,
     conv_weight: Tensor,
@@ -94,6 +98,7 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
         table[ops.partial_conv2d.default] = _partial_conv2d
         table[ops.partial_mlp.default] = _partial_mlp
         table[ops.channel_stats.default] = _channel_stats
+        table[ops.channel_gate.default] = _channel_gate
     return table
 
 

@@ -30,8 +30,13 @@ def _partial_mlp(
     return 2 * batch * height * width * (math.prod(conv_weight) + math.prod(w1) + math.prod(w2))
 
 
+def _channel_gate(x: Any, start: int, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * x[0] * math.prod(weight)
+
+
 for _namespace in _library.NAMESPACES:
     _ops = getattr(torch.ops, _namespace)
     register_flop_formula([_ops.partial_conv2d, _ops.conv2d_slice])(_conv2d_slice)
     register_flop_formula(_ops.conv2d_slice_weight_grad)(_weight_grad)
     register_flop_formula(_ops.partial_mlp)(_partial_mlp)
+    register_flop_formula(_ops.channel_gate)(_channel_gate)

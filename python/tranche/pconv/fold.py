@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tranche.pconv.attention import DistanceAttention, PATChannel, PATSelf, PATSpatial, StyleGate
 from tranche.pconv.dynamic import DPConv
 from tranche.pconv.modules import PartialConv
-from tranche.pconv.ops import channel_stats, conv2d_pack, conv2d_slice, partial_mlp, partial_mlp_pack
+from tranche.pconv.ops import channel_gate, conv2d_pack, conv2d_slice, partial_mlp, partial_mlp_pack
 from tranche.pconv.packed import KeepsPacked
 from tranche.pconv.partialnet import PartialBlock, PartialNet, PatchEmbed, PatchMerging
 
@@ -90,18 +90,23 @@ def _linear(layer: nn.Module) -> nn.Module:
 
 
 class FoldedGate(nn.Module):
-    """hardsigmoid(W_m mean + W_s std + b) of the untouched channels: the gate of PAT_ch."""
+    """The gate of PAT_ch, one `channel_gate` of the untouched channels."""
+
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, gate: StyleGate, start: int) -> None:
         super().__init__()
         scale, shift = _affine(gate.bn)
         dense = gate.cfc1.weight
         both = dense.double().flatten(1, 2).movedim(2, 1).flatten(1) * scale[:, None]
-        self.dense, self.start = FoldedLinear(_kept(both, dense), _kept(shift, dense)), start
+        self.register_buffer("weight", _kept(both, dense))
+        self.register_buffer("bias", _kept(shift, dense))
+        self.start = start
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C - start]."""
-        return F.hardsigmoid(self.dense(torch.cat(channel_stats(x, self.start), dim=1)))
+        return channel_gate(x, self.start, self.weight, self.bias)
 
 
 class FoldedBlock(KeepsPacked):

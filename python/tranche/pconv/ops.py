@@ -250,6 +250,26 @@ def channel_stats(x: Tensor, start: int) -> tuple[Tensor, Tensor]:
     return _library.call("channel_stats", x, start)
 
 
+def channel_gate(x: Tensor, start: int, weight: Tensor, bias: Tensor) -> Tensor:
+    """The gate of PAT_ch: hardsigmoid(weight [mean, std] + bias) of the channels from `start` on.
+
+    mean and std are those of `channel_stats`, kept in float32 (float64).
+
+    Args:
+        x: [B, C, H, W], any strides; float32, float16 or bfloat16 (float64 on the CPU).
+        start: the first channel, 0..C; n = C - start.
+        weight: [n, 2 n] of the dtype of x: first the means' columns, then the deviations'.
+        bias: [n].
+
+    Returns:
+        [B, n] of the dtype of x, for `gate` of `partial_mlp`; NaN for images of one pixel. Differentiable, twice too.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or start.
+    """
+    return _library.call("channel_gate", x, start, weight, bias)
+
+
 _library.register_inplace("partial_conv2d_")
 
 
@@ -298,6 +318,11 @@ def _(
 def _(x: Tensor, start: int) -> tuple[Tensor, Tensor]:
     shape = (x.size(0), x.size(1) - start)
     return x.new_empty(shape), x.new_empty(shape)
+
+
+@_library.register_fake("channel_gate")
+def _(x: Tensor, start: int, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.size(0), x.size(1) - start)
 
 
 @_library.register_fake("partial_conv2d")

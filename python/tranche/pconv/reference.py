@@ -110,3 +110,8 @@ def channel_stats(x: Tensor, start: int) -> tuple[Tensor, Tensor]:
     """See `tranche.pconv.channel_stats`."""
     part = x[:, start:].flatten(2)
     return part.mean(dim=2), part.std(dim=2)
+
+
+def channel_gate(x: Tensor, start: int, weight: Tensor, bias: Tensor) -> Tensor:
+    """See `tranche.pconv.channel_gate`."""
+    return F.hardsigmoid(F.linear(torch.cat(channel_stats(x, start), dim=1), weight, bias))
