@@ -10,7 +10,7 @@
 namespace tranche {
 
 struct PackedHeader {
-  static constexpr int32_t kLayout = 3;  // raise it when any product wants its weights in another order
+  static constexpr int32_t kLayout = 4;  // raise it when any product wants its weights in another order
 
   char mark[8] = {'t', 'r', 'a', 'n', 'c', 'h', 'e', 0};
   int64_t bytes = 0;  // that follow

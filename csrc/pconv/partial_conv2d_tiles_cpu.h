@@ -169,6 +169,8 @@ class TileConvolution {
  private:
   // Channels of a pixel that are worth splitting and copying into the windows of a strided convolution.
   static constexpr int64_t kGathered = 8;
+  // Weights of a layer of single pixels, a classifier mostly, that memory gives sooner whole than in parts.
+  static constexpr int64_t kStreamed = 1 << 20;
 
   // The taps of a kernel's row as one segment.
   static bool merges(const PartialConv2dParams& p) { return p.dilation[1] == 1 || p.kernel[1] == 1; }
