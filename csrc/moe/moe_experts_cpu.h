@@ -3,7 +3,7 @@
 // engines that gain by several.
 #pragma once
 
-#include "core/parallel.h"
+#include "core/tasks.h"
 #include "moe/moe_activation_cpu.h"
 #include "moe/moe_engine_lanes_cpu.h"
 #include "moe/moe_engine_packed_cpu.h"
@@ -30,22 +30,6 @@ TRANCHE_INLINE void add_scaled(double* sum, double coefficient, const double* va
   for (int r = 0; r < kTileRows; ++r) sum[r] += coefficient * values[r];
 }
 
-// f(begin, end, worker) on ranges that cover [0, tasks). Workers take what is left in shares that shrink to
-// one task: a range is consecutive, so its weights stream, and a processor that others slow down takes fewer.
-template <class F>
-TRANCHE_INLINE void parallel_shares(int64_t tasks, int workers, int64_t* taken, const F& f) {
-  parallel_for(workers, [&](int64_t worker) {
-    int64_t begin = __atomic_load_n(taken, __ATOMIC_RELAXED);
-    while (begin < tasks) {
-      const int64_t share = (tasks - begin) / (2 * workers), end = begin + (share > 0 ? share : 1);
-      if (__atomic_compare_exchange_n(taken, &begin, end, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-        f(begin, end, int(worker));
-        begin = __atomic_load_n(taken, __ATOMIC_RELAXED);
-      }
-    }
-  });
-}
-
 // An expert with tokens. Its panels of columns are consecutive.
 struct ActiveExpert {
   int32_t expert, first_slot, count, first_panel;
@@ -69,7 +53,6 @@ class Experts {
     x_panels_ = every_token_ ? (p.tokens + kPanel - 1) / kPanel : panels_;
     Arena arena(p.workspace);
     list_ = arena.take<ActiveExpert>(active_);
-    taken_ = arena.take<int64_t>(2 * kApart);
     x_ = arena.take<char>(x_panels_ * Engine::panel_bytes(p.hidden));
     h_ = arena.take<char>(panels_ * Engine::panel_bytes(p.inner));
     sums_ = arena.take<Compute>(workers_ * kTilesTogether * tile_sums());
@@ -77,7 +60,6 @@ class Experts {
     scratch_ = arena.take<char>(workers_ * round_up(Engine::scratch_bytes(), 64));
     bytes_ = arena.used();
     if (!p.workspace) return;
-    taken_[0] = taken_[kApart] = 0;
     int at = 0;
     int32_t panel = 0;
     for (int e = 0; e < p.experts; ++e) {
@@ -105,9 +87,9 @@ class Experts {
     return true;
   }
 
-  char* scratch(int worker) const { return scratch_ + worker * round_up(Engine::scratch_bytes(), 64); }
-  Compute* tiles(int worker, int index) const {
-    return tiles_ + (int64_t(worker) * 3 + index) * kTilesTogether * kGroupColumns * kTileRows;
+  char* scratch(int64_t worker) const { return scratch_ + worker * round_up(Engine::scratch_bytes(), 64); }
+  Compute* tiles(int64_t worker, int index) const {
+    return tiles_ + (worker * 3 + index) * kTilesTogether * kGroupColumns * kTileRows;
   }
   int64_t tile_sums() const { return int64_t(p_.outputs) * p_.tokens * kTileRows; }
   // How many of the tasks left to a worker are done together.
@@ -166,7 +148,7 @@ class Experts {
   void gate_and_up() const {
     const int tasks = int(round_up(p_.inner, 32) / kTileRows);
     const int64_t x_bytes = Engine::panel_bytes(p_.hidden), h_bytes = Engine::panel_bytes(p_.inner);
-    parallel_shares(int64_t(active_) * tasks, workers_, taken_, [&](int64_t begin, int64_t end, int worker) {
+    parallel_shares(int64_t(active_) * tasks, workers_, [&](int64_t begin, int64_t end, int64_t worker) {
       [[maybe_unused]] const typename Engine::Session session{};
       Compute *gated = tiles(worker, 0), *raised = tiles(worker, 1);
       for (int64_t task = begin; task < end;) {
@@ -232,7 +214,7 @@ class Experts {
   void down() const {
     const int tasks = int(round_up(p_.hidden, kTileRows) / kTileRows);
     const int64_t h_bytes = Engine::panel_bytes(p_.inner);
-    parallel_shares(tasks, workers_, taken_ + kApart, [&](int64_t begin, int64_t end, int worker) {
+    parallel_shares(tasks, workers_, [&](int64_t begin, int64_t end, int64_t worker) {
       [[maybe_unused]] const typename Engine::Session session{};
       Compute* yields = tiles(worker, 0);
       Compute* sums = sums_ + worker * kTilesTogether * tile_sums();
@@ -310,9 +292,7 @@ class Experts {
   int workers_, active_ = 0;
   int64_t panels_ = 0, x_panels_ = 0, bytes_ = 0;
   bool every_token_ = true;
-  static constexpr int kApart = 8;  // each counter in a cache line of its own
   ActiveExpert* list_ = nullptr;
-  int64_t* taken_ = nullptr;  // tasks of gate_and_up and of down
   char *x_ = nullptr, *h_ = nullptr, *scratch_ = nullptr;
   Compute *sums_ = nullptr, *tiles_ = nullptr;
 };

@@ -75,7 +75,7 @@ template <class T, class A, class R>
 static void measure(const ChannelStatsParams& p) {
   const int64_t kept = p.channels - p.start, groups = (kept + kTogether - 1) / kTogether;
   const int64_t pixels = p.height * p.width;
-  parallel_for(p.batch * groups, [&](int64_t task) {
+  const auto some_channels = [&](int64_t task) {
     const int64_t b = task / groups, first = task % groups * kTogether;
     const int64_t live = least(kTogether, kept - first);
     const T* x = static_cast<const T*>(p.x) + b * p.x_stride[0] + (p.start + first) * p.x_stride[1];
@@ -106,7 +106,13 @@ static void measure(const ChannelStatsParams& p) {
       static_cast<R*>(p.mean)[to] = narrow<R>(pixels > 0 ? all.mean[c] : A(__builtin_nan("")));
       static_cast<R*>(p.std)[to] = narrow<R>(pixels > 0 ? A(__builtin_sqrt(variance)) : A(__builtin_nan("")));
     }
-  });
+  };
+  constexpr int64_t kWorthThreads = 65536;  // elements
+  if (p.batch * kept * pixels >= kWorthThreads) {
+    parallel_for(p.batch * groups, some_channels);
+  } else {
+    for (int64_t task = 0; task < p.batch * groups; ++task) some_channels(task);
+  }
 }
 
 }  // namespace tranche::cpu::TRANCHE_ISA
