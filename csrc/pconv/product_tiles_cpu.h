@@ -175,10 +175,11 @@ static void product(const TileProduct& a, int64_t columns) {
 
 // ---- what is not finite: tiles know 0 * inf too, from empty and from parts that are 0
 
+// Small parts first: the first and the second of the largest numbers add up to more than there is.
 template <int kPlanes>
 TRANCHE_INLINE float part_sum(const uint32_t* unit, int64_t plane, int half) {
   float sum = 0.0f;
-  for (int i = 0; i < kPlanes; ++i) {
+  for (int i = kPlanes - 1; i >= 0; --i) {
     sum += bits_float(half ? unit[i * plane] & 0xffff0000u : unit[i * plane] << 16);
   }
   return sum;
@@ -187,7 +188,7 @@ TRANCHE_INLINE float part_sum(const uint32_t* unit, int64_t plane, int half) {
 template <int kPlanes>
 TRANCHE_INLINE Vec part_sums(const uint32_t* units, int half) {
   Vec sum = vset(0.0f);
-  for (int i = 0; i < kPlanes; ++i) {
+  for (int i = kPlanes - 1; i >= 0; --i) {
     const __m512i pairs = _mm512_loadu_si512(units + i * 2 * kTileUnits);
     const __m512i bits =
         half ? _mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))) : _mm512_slli_epi32(pairs, 16);

@@ -135,6 +135,19 @@ def test_non_finite_values_stay_in_reach(backend):
         assert torch.isnan(y[0, 0]).all() and torch.isfinite(y[0, 1:4]).all()
 
 
+def test_the_largest_number_beside_an_infinity(backend):
+    """inf - largest is inf: a sum that is done again sees every number as it was."""
+    x = torch.zeros(1, 32, 4, 4, device=backend.device)
+    weight = torch.zeros(32, 32, 1, 1, device=backend.device)
+    x[0, 3], x[0, 5] = torch.inf, torch.finfo(torch.float32).max
+    weight[:, 3], weight[:, 5] = 1, -1
+    assert torch.isposinf(conv2d_slice(x, weight)).all()
+    x[0, 3] = 1
+    weight[:, 3], weight[:, 5] = torch.inf, -torch.finfo(torch.float32).max * 2.0**-127
+    x[0, 5] = 2.0**127
+    assert torch.isposinf(conv2d_slice(x, weight)).all()
+
+
 @pytest.mark.parametrize("width", [16, 20, 36])
 def test_infinities_and_the_largest_numbers(width):
     """Where products are taken in parts or overlap, as on AMX tiles, neither becomes NaN."""
