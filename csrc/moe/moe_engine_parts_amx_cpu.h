@@ -21,7 +21,7 @@ class PartsEngine {
  public:
   using Compute = float;
   using Session = Tiles;
-  static constexpr int kTilesTogether = 8;  // as many as their columns, in the second-level cache, are worth
+  static constexpr int kTilesTogether = 16;  // as many as their columns, in the second-level cache, are worth
 
   static int64_t panel_bytes(int depth) { return (depth + kStep - 1) / kStep * kColumnBytes; }
   static int64_t scratch_bytes() {
@@ -92,7 +92,7 @@ class PartsEngine {
   static constexpr int kAhead = 8;                       // steps that weights are asked for before their use
   // Columns that the second-level cache keeps while all weights pass by, and as many steps of 64 columns as
   // it surely keeps.
-  static constexpr int kFewBytes = 512 << 10, kChunkSteps = 32;
+  static constexpr int kFewBytes = 1 << 20, kChunkSteps = 32;
 
   template <class W>
   TRANCHE_INLINE int end_of_task(const Rows<W>& w, int first_row) {

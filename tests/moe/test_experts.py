@@ -195,7 +195,7 @@ def test_rows_of_several_pages(dtype):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_many_tokens_of_long_rows(dtype):
     """More columns than a cache keeps are taken in chunks, and several tiles of rows together."""
-    layer = make_layer(18, tokens=70, hidden=1500, inner=1393, experts=2, top_k=2, dtype=dtype)
+    layer = make_layer(18, tokens=70, hidden=2100, inner=1393, experts=2, top_k=2, dtype=dtype)
     layer.check()
     out = layer.run()
     for kept in (1, 17, 33, 49):
