@@ -32,4 +32,13 @@ TRANCHE_INLINE __m512i upper_halves(Vec low, Vec high) {
                                    _mm512_castps_si512(high));
 }
 
+// The parts of 32 floats, each as 32 bf16.
+TRANCHE_INLINE void parts_of(Vec low, Vec high, __m512i (&part)[3]) {
+  Vec first[3], second[3];
+  parts_of(low, first);
+  parts_of(high, second);
+#pragma GCC unroll 3
+  for (int p = 0; p < 3; ++p) part[p] = upper_halves(first[p], second[p]);
+}
+
 }  // namespace tranche::cpu::TRANCHE_ISA

@@ -111,15 +111,18 @@ class AmxEngine {
     }
   }
 
-  // Each row is asked for kAhead steps before its use, and at its end the beginning of the `next` one.
-  template <int kPanels>
+  // With kFetch each row is asked for kAhead steps before its use, and at its end the beginning of the `next`
+  // one.
+  template <int kPanels, bool kFetch>
   static void steps(const char* a, int64_t stride, const char* b, int64_t panel, int count,
                     const char* next) {
     for (int i = 0; i < count; ++i, a += 64, b += kTileBytes) {
-      const int beyond = i + kAhead - count;
-      const char* ask = beyond < 0 ? a + kAhead * 64 : next ? next + beyond * 64 : a;
+      if constexpr (kFetch) {
+        const int beyond = i + kAhead - count;
+        const char* ask = beyond < 0 ? a + kAhead * 64 : next ? next + beyond * 64 : a;
 #pragma GCC unroll 16
-      for (int r = 0; r < kTileRows; ++r) __builtin_prefetch(ask + r * stride, 0, 2);
+        for (int r = 0; r < kTileRows; ++r) __builtin_prefetch(ask + r * stride, 0, 2);
+      }
       step<kPanels>(a, stride, b, panel);
     }
   }
@@ -147,8 +150,8 @@ class AmxEngine {
     if constexpr (__is_same(W, bf16)) {
       if (rows == kTileRows) {
         const int whole = w.columns / kStep;
-        steps<kPanels>(reinterpret_cast<const char*>(w.row(first_row)), stride, b, panel, whole,
-                       reinterpret_cast<const char*>(next));
+        steps<kPanels, true>(reinterpret_cast<const char*>(w.row(first_row)), stride, b, panel, whole,
+                             reinterpret_cast<const char*>(next));
         k = whole * kStep;
       }
     }
@@ -163,8 +166,8 @@ class AmxEngine {
         }
         memset(to + filled, 0, size_t(depth - filled) * 2);
       }
-      steps<kPanels>(reinterpret_cast<const char*>(staged), kStaged * 2, b + int64_t(k / kStep) * kTileBytes,
-                     panel, depth / kStep, nullptr);
+      steps<kPanels, false>(reinterpret_cast<const char*>(staged), kStaged * 2,
+                            b + int64_t(k / kStep) * kTileBytes, panel, depth / kStep, nullptr);
     }
     float* tile = reinterpret_cast<float*>(staged + kTileRows * kStaged);
     store_sums<kPanels>(tile, result);

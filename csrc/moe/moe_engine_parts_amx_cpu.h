@@ -36,8 +36,8 @@ class PartsEngine {
       __m512i block[kParts][kPanel];
       for (int c = 0; c < kPanel; ++c) {
         __m512i part[kParts];
-        split(rows[c] ? load_first(rows[c] + k, left) : vset(0.0f),
-              rows[c] ? load_first(rows[c] + k + 16, left - 16) : vset(0.0f), part);
+        parts_of(rows[c] ? load_first(rows[c] + k, left) : vset(0.0f),
+                 rows[c] ? load_first(rows[c] + k + 16, left - 16) : vset(0.0f), part);
         for (int p = 0; p < kParts; ++p) block[p][c] = part[p];
       }
       for (int p = 0; p < kParts; ++p) {
@@ -49,7 +49,7 @@ class PartsEngine {
 
   static void put(void* panel, int, int column, int first_row, const float* values) {
     __m512i part[kParts];
-    split(vload(values), vset(0.0f), part);
+    parts_of(vload(values), vset(0.0f), part);
     char* to = static_cast<char*>(panel) + first_row / kStep * kColumnBytes + first_row % kStep / 2 * 64;
     for (int p = 0; p < kParts; ++p, to += kTileBytes) {
       uint32_t pairs[8];
@@ -103,14 +103,6 @@ class PartsEngine {
   template <class T>
   TRANCHE_INLINE Vec load_first(const T* p, int n) {
     return n >= 16 ? FmaLanes::load(p) : n > 0 ? FmaLanes::load_first(p, n) : vset(0.0f);
-  }
-
-  TRANCHE_INLINE void split(Vec low, Vec high, __m512i (&part)[kParts]) {
-    Vec first[3], second[3];
-    parts_of(low, first);
-    parts_of(high, second);
-#pragma GCC unroll 3
-    for (int p = 0; p < kParts; ++p) part[p] = upper_halves(first[p], second[p]);
   }
 
   // The first n weights of 32 in parts: those of parts_of, but for what is not finite, which mend() sees to.

@@ -1,6 +1,6 @@
 // The experts on the CPU over any engine: pack the columns, gate and up, down and sum. Weights are read once
-// per 64 tokens of an expert, from memory the first time. A task is some tiles of 16 rows: one, but for
-// engines that gain by several.
+// per 64 tokens of an expert, from memory the first time. Tasks are tiles of 16 rows, of which some
+// engines take several together.
 #pragma once
 
 #include "core/tasks.h"

@@ -26,11 +26,7 @@ TRANCHE_INLINE void split32(Vec low, Vec high, __m512i (&part)[kPlanes]) {
   if constexpr (kPlanes == 1) {
     part[0] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
   } else {
-    Vec first[3], second[3];
-    parts_of(low, first);
-    parts_of(high, second);
-#pragma GCC unroll 3
-    for (int p = 0; p < 3; ++p) part[p] = upper_halves(first[p], second[p]);
+    parts_of(low, high, part);
   }
 }
 

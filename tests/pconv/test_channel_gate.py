@@ -52,7 +52,7 @@ def test_layouts_and_neighbours(backend):
 
 
 def test_any_number_of_threads():
-    x, weight, bias = draw(4, 150, 6, 5)
+    x, weight, bias = draw(4, 150, 16, 10)  # enough for both halves to be shared
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
