@@ -2,40 +2,9 @@
 // they lie; columns are kept as pairs of k, [depth / 32][16 pairs][16 columns].
 #pragma once
 
-#include "core/amx.h"
-#include "moe/moe_engine_cpu.h"
+#include "moe/moe_sums_amx_cpu.h"
 
 namespace tranche::cpu::TRANCHE_ISA {
-
-// The sums of up to four panels are tiles 0..3.
-template <int kPanels>
-TRANCHE_INLINE void clear_sums() {
-  tile_zero<0>();
-  if constexpr (kPanels > 1) tile_zero<1>();
-  if constexpr (kPanels > 2) tile_zero<2>();
-  if constexpr (kPanels > 3) tile_zero<3>();
-}
-
-// A tile of sums is [row][column]; the result [column][row]. `tile` is scratch, kTileBytes of it.
-template <int kTile>
-TRANCHE_INLINE void store_sum(float* tile, float* result) {
-  tile_store<kTile>(tile, 64);
-  __m512i block[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) block[i] = _mm512_loadu_si512(tile + i * 16);
-  transpose16(block);
-  float* to = result + kTile * kPanel * kTileRows;
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * 16, block[i]);
-}
-
-template <int kPanels>
-TRANCHE_INLINE void store_sums(float* tile, float* result) {
-  store_sum<0>(tile, result);
-  if constexpr (kPanels > 1) store_sum<1>(tile, result);
-  if constexpr (kPanels > 2) store_sum<2>(tile, result);
-  if constexpr (kPanels > 3) store_sum<3>(tile, result);
-}
 
 class AmxEngine {
  public:
@@ -74,16 +43,9 @@ class AmxEngine {
   template <class W>
   static void product(const Rows<W>& w, int first_row, const void* panels, int columns, float* result,
                       void* scratch, const W* next) {
-    switch ((columns + kPanel - 1) / kPanel) {
-      case 1:
-        return product_of<1>(w, first_row, panels, result, scratch, next);
-      case 2:
-        return product_of<2>(w, first_row, panels, result, scratch, next);
-      case 3:
-        return product_of<3>(w, first_row, panels, result, scratch, next);
-      case 4:
-        return product_of<4>(w, first_row, panels, result, scratch, next);
-    }
+    with_panels(columns, [&](auto count) {
+      product_of<decltype(count)::value>(w, first_row, panels, result, scratch, next);
+    });
   }
 
  private:

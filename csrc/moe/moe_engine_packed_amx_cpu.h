@@ -3,8 +3,8 @@
 // gives: [depth / 32][16 columns][32 inputs].
 #pragma once
 
-#include "core/amx.h"
 #include "moe/moe_engine_packed_cpu.h"
+#include "moe/moe_sums_amx_cpu.h"
 
 namespace tranche::cpu::TRANCHE_ISA {
 
@@ -41,16 +41,9 @@ class PackedAmxEngine {
     char* staged = static_cast<char*>(scratch);
     with_guarded_reading(rows.w, [&](auto reading) {
       using R = decltype(reading);
-      switch ((columns + kPanel - 1) / kPanel) {
-        case 1:
-          return product_of<1, R>(rows.w, first_row, x, result, staged);
-        case 2:
-          return product_of<2, R>(rows.w, first_row, x, result, staged);
-        case 3:
-          return product_of<3, R>(rows.w, first_row, x, result, staged);
-        case 4:
-          return product_of<4, R>(rows.w, first_row, x, result, staged);
-      }
+      with_panels(columns, [&](auto count) {
+        product_of<decltype(count)::value, R>(rows.w, first_row, x, result, staged);
+      });
     });
   }
 
@@ -84,10 +77,7 @@ class PackedAmxEngine {
     const Streams from = streams_of(w, first_row / kTileRows * w.input_tiles);
     const Rounding rounding = rounding_of_bits(w.bits);
     const int64_t panel = panel_bytes(int(w.in_features));
-    tile_zero<0>();
-    if constexpr (kPanels > 1) tile_zero<1>();
-    if constexpr (kPanels > 2) tile_zero<2>();
-    if constexpr (kPanels > 3) tile_zero<3>();
+    clear_sums<kPanels>();
     for (int64_t t = 0; t < w.input_tiles + kLag; ++t) {
       if (t < w.input_tiles) {
         prefetch_tile<R>(from, t + kPackedAhead);
@@ -99,10 +89,7 @@ class PackedAmxEngine {
         step<kPanels>(staged + (t - kLag) % kRing * kTileBytes, x + (t - kLag) * kTileBytes, panel);
     }
     // an accumulator is [column][row], as the result is
-    tile_store<0>(result, 64);
-    if constexpr (kPanels > 1) tile_store<1>(result + 256, 64);
-    if constexpr (kPanels > 2) tile_store<2>(result + 512, 64);
-    if constexpr (kPanels > 3) tile_store<3>(result + 768, 64);
+    keep_sums<kPanels>(result);
   }
 };
 

@@ -6,8 +6,8 @@
 #pragma once
 
 #include "core/parts_cpu.h"
-#include "moe/moe_engine_amx_cpu.h"
 #include "moe/moe_engine_lanes_cpu.h"
+#include "moe/moe_sums_amx_cpu.h"
 
 namespace tranche::cpu::TRANCHE_ISA {
 
@@ -64,20 +64,9 @@ class PartsEngine {
                       void* scratch, const W* next) {
     const char* x = static_cast<const char*>(panels);
     char* staged = static_cast<char*>(scratch);
-    switch ((columns + kPanel - 1) / kPanel) {
-      case 1:
-        product_of<1>(w, first_row, x, columns, result, staged, next);
-        break;
-      case 2:
-        product_of<2>(w, first_row, x, columns, result, staged, next);
-        break;
-      case 3:
-        product_of<3>(w, first_row, x, columns, result, staged, next);
-        break;
-      case 4:
-        product_of<4>(w, first_row, x, columns, result, staged, next);
-        break;
-    }
+    with_panels(columns, [&](auto count) {
+      product_of<decltype(count)::value>(w, first_row, x, columns, result, staged, next);
+    });
     for (int row = first_row; row < end_of_task(w, first_row); row += kTileRows) {
       for (int c = 0; c < columns; ++c, result += kTileRows) mend(w, row, x, c, result);
     }
@@ -190,21 +179,6 @@ class PartsEngine {
       }
       stage(row, kStep, to);
     }
-  }
-
-  template <int kPanels>
-  TRANCHE_INLINE void keep_sums(float* to) {
-    tile_store<0>(to, 64);
-    if constexpr (kPanels > 1) tile_store<1>(to + 256, 64);
-    if constexpr (kPanels > 2) tile_store<2>(to + 512, 64);
-    if constexpr (kPanels > 3) tile_store<3>(to + 768, 64);
-  }
-  template <int kPanels>
-  TRANCHE_INLINE void take_up_sums(const float* from) {
-    tile_load<0>(from, 64);
-    if constexpr (kPanels > 1) tile_load<1>(from + 256, 64);
-    if constexpr (kPanels > 2) tile_load<2>(from + 512, 64);
-    if constexpr (kPanels > 3) tile_load<3>(from + 768, 64);
   }
 
   // Where columns are many, all rows of the task meet a chunk of them while the second-level cache holds it,
