@@ -33,7 +33,8 @@ class SliceConvolution {
         depth_(depthwise_ ? 1 : units<K>(group_in_)),
         taps_(int64_t(p.kernel[0]) * p.kernel[1]),
         merged_(taps_of_segment(p, depth_)),
-        pixel_(units<K>(group_in_) * groups_),
+        pixel_(merged_ > 1 ? units<K>(group_in_) * groups_
+                           : spread<Unit>(units<K>(group_in_) * groups_, p.stride[1])),
         packed_width_(p.width + 2 * int64_t(p.padding[1])) {
     // A pass makes about as many pixels as let its results stay in the first-level cache.
     constexpr int64_t kPassPixels = 224;

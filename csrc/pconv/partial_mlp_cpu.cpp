@@ -158,8 +158,8 @@ class PartialMlp {
       const int64_t rows = m.conv_.input_rows(m.tile_rows_);
       plane = m.conv_.plane_units(rows);
       packed = arena.take<Unit>(m.conv_.packed_units(rows));
-      u.units = m.first_.input_units();
-      h.units = m.second_.input_units();
+      u.units = m.first_.row_units();
+      h.units = m.second_.row_units();
       u.data = arena.take<Unit>(Rows::size(pixels, u.units));
       h.data = arena.take<Unit>(Rows::size(pixels, h.units));
       sums = arena.take<A>(most(round_up(pixels, 16) * kPanel, m.conv_.pass_sums()));

@@ -136,20 +136,20 @@ struct TileMath {
 
     Layer(int64_t outputs_, int64_t inputs_) : outputs(outputs_), inputs(inputs_) {}
     int64_t steps() const { return (inputs + 31) / 32; }
-    int64_t input_units() const { return steps() * 16; }
-    int64_t pixel_bytes() const { return input_units() * kPlanes * int64_t(sizeof(Unit)); }
+    int64_t row_units() const { return steps() * 16; }
+    int64_t pixel_bytes() const { return row_units() * kPlanes * int64_t(sizeof(Unit)); }
     int64_t panel_units() const { return steps() * kPlanes * 2 * kTileUnits; }
     void take_weights(Arena& arena) {
       weights = arena.take<Unit>(panels(outputs) * panel_units());
       biases = arena.take<A>(panels(outputs) * kPanel);
     }
     void take(Arena& arena) { offsets = arena.take<int64_t>(steps()); }
-    int64_t scratch_units() const { return input_units() * 2 * kPanel; }
+    int64_t scratch_units() const { return row_units() * 2 * kPanel; }
     void prepare() const {
       for (int64_t s = 0; s < steps(); ++s) offsets[s] = s * kPlanes * kTileUnits;
     }
     void pack(const T* w, const T* b, int64_t panel, Unit* scratch) const {
-      pack_tiles<kPlanes>(w, outputs, inputs, 1, panel * kPanel, TileSteps(1, input_units()), scratch,
+      pack_tiles<kPlanes>(w, outputs, inputs, 1, panel * kPanel, TileSteps(1, row_units()), scratch,
                           weights + panel * panel_units());
       for (int64_t o = panel * kPanel; o < (panel + 1) * kPanel; ++o) {
         biases[o] = b && o < outputs ? widen<A>(b[o]) : A(0);

@@ -97,7 +97,9 @@ struct VectorMath {
       depth = (units<K>(inputs) + segments - 1) / segments;
     }
     int64_t input_units() const { return segments * depth; }
-    int64_t pixel_bytes() const { return input_units() * int64_t(sizeof(Unit)); }
+    // From one pixel of its input to the next.
+    int64_t row_units() const { return spread<Unit>(input_units()); }
+    int64_t pixel_bytes() const { return row_units() * int64_t(sizeof(Unit)); }
     int64_t panel_units() const { return input_units() * kPanel; }
     void take_weights(Arena& arena) {
       weights = arena.take<Unit>(panels(outputs) * panel_units());
@@ -126,7 +128,7 @@ struct VectorMath {
     void panel(const Rows& x, int64_t pixels, int64_t panel, A* sums, Ahead* ahead) const {
       Product<K> a{};
       a.x = x.data;
-      a.step = input_units();
+      a.step = row_units();
       a.offset = offsets;
       a.segments = segments;
       a.depth = depth;
