@@ -122,12 +122,21 @@ TRANCHE_INLINE void product_block(const Product<K>& a, int64_t segment, int64_t 
   using Unit = typename K::Unit;
   constexpr int kThirds = (kRows + 2) / 3;
   typename K::V sum[kRows][kVectors];
-  const typename K::A* from = segment == 0 ? a.bias + column : out + column;
-  const int64_t from_step = segment == 0 ? 0 : kPanel;
+  out += column;
+  // Two loops, not one with a step: addresses are constants apart then, and small products a tenth faster.
+  if (segment == 0) {
+    const typename K::A* bias = a.bias + column;
 #pragma GCC unroll 32
-  for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = K::load(from + r * from_step + v * K::kLanes);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = K::load(bias + v * K::kLanes);
+    }
+  } else {
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = K::load(out + r * kPanel + v * K::kLanes);
+    }
   }
   const int64_t step = a.step;
   const Unit* w = a.w + segment * a.depth * kPanel + column;
@@ -153,7 +162,7 @@ TRANCHE_INLINE void product_block(const Product<K>& a, int64_t segment, int64_t 
 #pragma GCC unroll 32
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) K::store(out + r * kPanel + column + v * K::kLanes, sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) K::store(out + r * kPanel + v * K::kLanes, sum[r][v]);
   }
 }
 
