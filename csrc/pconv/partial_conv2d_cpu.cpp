@@ -30,9 +30,13 @@ class PartialConvolution {
         !p.in_place && !p.copies && conv_.packs_apart() && p.batch * p.out_height * p.out_width <= few_pixels;
     packs_first_ = by_channel_ || (p.in_place && !image_tasks);
     task_rows_ = p.out_height;
-    if (!image_tasks) {  // at least two tasks per thread, and what they pack stays in the second-level cache
+    if (!image_tasks) {
+      // What a task packs stays in the second-level cache. Two tasks per thread at least, and eight where passes
+      // are that many: a thread that is late holds the others up for no more than one.
       constexpr int64_t kPackedBytes = 512 << 10;
-      const int64_t wanted = (2 * threads + p.batch - 1) / p.batch;
+      const int64_t passes = p.batch * ((p.out_height + conv_.pass_rows() - 1) / conv_.pass_rows());
+      const int64_t all = round_up(most(2 * threads, least(8 * threads, passes)), threads);
+      const int64_t wanted = (all + p.batch - 1) / p.batch;
       const int64_t fitting = kPackedBytes / (conv_.packed_units(1) * int64_t(sizeof(Unit)));
       const int64_t most_rows = most<int64_t>(1, least(task_rows_, most(conv_.pass_rows(), fitting)));
       const int64_t tasks = round_up((p.out_height + most_rows - 1) / most_rows, wanted);

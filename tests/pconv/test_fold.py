@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -111,6 +114,24 @@ def test_a_large_batch_goes_in_pieces(monkeypatch):
     with pytest.raises(ValueError, match="expected x of shape"):
         folded(x[0])
     assert folded(x[:0]).shape == (0, 5)
+
+
+PASSES = """
+import resource, torch
+from tranche.pconv import fold, partialnet_t2
+model, images = fold(partialnet_t2().eval()), torch.zeros(32, 3, 224, 224).to(memory_format=torch.channels_last)
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    model(images)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep memory by other rules")
+def test_a_large_batch_keeps_its_memory():
+    """12 MiB of activations, several times, are some 20,000 pages of two pieces: a pass is not to get them anew."""
+    done = subprocess.run([sys.executable, "-c", PASSES], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 500
 
 
 def test_a_class_of_its_own_stays():
