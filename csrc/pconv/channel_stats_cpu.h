@@ -75,43 +75,58 @@ template <class T, class A, class R>
 static void measure(const ChannelStatsParams& p) {
   const int64_t kept = p.channels - p.start, groups = (kept + kTogether - 1) / kTogether;
   const int64_t pixels = p.height * p.width;
+  // A task is an image, or some groups of its channels: chunk by chunk, so that x is read in order.
+  constexpr int64_t kMostGroups = 32;
+  const int64_t sharers = (num_threads() + p.batch - 1) / most<int64_t>(1, p.batch);
+  const int64_t parts = most((groups + kMostGroups - 1) / kMostGroups, least(groups, sharers));
+  // Whole pixels of the type that is computed in, equally spaced, are read where they lie; the last group then
+  // takes channels of the one before besides its own.
+  const bool in_place = __is_same(T, A) && kept >= kTogether && p.x_stride[1] == 1 &&
+                        p.x_stride[2] == p.width * p.x_stride[3];
   const auto some_channels = [&](int64_t task) {
-    const int64_t b = task / groups, first = task % groups * kTogether;
-    const int64_t live = least(kTogether, kept - first);
-    const T* x = static_cast<const T*>(p.x) + b * p.x_stride[0] + (p.start + first) * p.x_stride[1];
-    A values[kChunk * kTogether] = {};
-    Moments<A> all;
-    // Whole pixels of the type that is computed in, equally spaced, are read where they lie.
-    const bool in_place = __is_same(T, A) && live == kTogether && p.x_stride[1] == 1 &&
-                          p.x_stride[2] == p.width * p.x_stride[3];
+    const int64_t b = task / parts, part = task % parts;
+    const int64_t begin = part * groups / parts, end = (part + 1) * groups / parts;
+    const T* image = static_cast<const T*>(p.x) + b * p.x_stride[0] + p.start * p.x_stride[1];
+    A values[kChunk * kTogether];
+    if (!in_place) __builtin_memset(values, 0, sizeof values);
+    Moments<A> all[kMostGroups];
+    const auto first_of = [&](int64_t group) {
+      return in_place ? least(group * kTogether, kept - kTogether) : group * kTogether;
+    };
     for (int64_t at = 0; at < pixels; at += kChunk) {
       const int64_t count = least(kChunk, pixels - at);
-      if (in_place) {
-        add_chunk(reinterpret_cast<const A*>(x + at * p.x_stride[3]), p.x_stride[3], count, at, all);
-        continue;
+      for (int64_t group = begin; group < end; ++group) {
+        const int64_t first = first_of(group);
+        const T* x = image + first * p.x_stride[1];
+        if (in_place) {
+          const A* where = reinterpret_cast<const A*>(x + at * p.x_stride[3]);
+          add_chunk(where, p.x_stride[3], count, at, all[group - begin]);
+          continue;
+        }
+        for (int64_t i = 0; i < count;) {  // runs within image rows
+          const int64_t column = (at + i) % p.width, run = least(p.width - column, count - i);
+          const T* from = x + (at + i) / p.width * p.x_stride[2] + column * p.x_stride[3];
+          load_pixels(Pixels<const T>{from, p.x_stride[1], p.x_stride[3]}, run,
+                      least(kTogether, kept - first), values + i * kTogether, kTogether);
+          i += run;
+        }
+        add_chunk(values, kTogether, count, at, all[group - begin]);
       }
-      for (int64_t i = 0; i < count;) {  // runs within image rows
-        const int64_t column = (at + i) % p.width, run = least(p.width - column, count - i);
-        const T* from = x + (at + i) / p.width * p.x_stride[2] + column * p.x_stride[3];
-        load_pixels(Pixels<const T>{from, p.x_stride[1], p.x_stride[3]}, run, live, values + i * kTogether,
-                    kTogether);
-        i += run;
-      }
-      add_chunk(values, kTogether, count, at, all);
     }
-    for (int64_t c = 0; c < live; ++c) {
-      const int64_t to = b * kept + first + c;
+    for (int64_t i = begin * kTogether; i < least(end * kTogether, kept); ++i) {
+      const int64_t group = i / kTogether, lane = i - first_of(group), to = b * kept + i;
+      const Moments<A>& moments = all[group - begin];
       // 0 / 0 is NaN: of no pixels, and for one pixel's deviation
-      const A variance = all.square[c] / A(pixels - 1);
-      static_cast<R*>(p.mean)[to] = narrow<R>(pixels > 0 ? all.mean[c] : A(__builtin_nan("")));
+      const A variance = moments.square[lane] / A(pixels - 1);
+      static_cast<R*>(p.mean)[to] = narrow<R>(pixels > 0 ? moments.mean[lane] : A(__builtin_nan("")));
       static_cast<R*>(p.std)[to] = narrow<R>(pixels > 0 ? A(__builtin_sqrt(variance)) : A(__builtin_nan("")));
     }
   };
   constexpr int64_t kWorthThreads = 65536;  // elements
   if (p.batch * kept * pixels >= kWorthThreads) {
-    parallel_for(p.batch * groups, some_channels);
+    parallel_for(p.batch * parts, some_channels);
   } else {
-    for (int64_t task = 0; task < p.batch * groups; ++task) some_channels(task);
+    for (int64_t task = 0; task < p.batch * parts; ++task) some_channels(task);
   }
 }
 
