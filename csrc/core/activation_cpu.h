@@ -14,12 +14,12 @@ TRANCHE_INLINE Vec vsilu(Vec x) {
   return vdiv(x, vadd(vset(1.0f), vexp2_bounded(vmul(x, vset(kNegativeLog2e)))));
 }
 
-// x Phi(x) = max(x, 0) + n Phi(n) with n = -|x|, and Phi(n) = exp(-n^2 / 2) t P(t) with t = 1 / (1 - 0.3 n): no
-// cancellation on either side. P is fitted on [-14, 0] to a relative 3e-8 (1 + n^2 / 4); what n^2 loses by
+// x Phi(x) = max(x, 0) + n Phi(n) with n = -|x|, and Phi(n) = exp(-n^2 / 2) t P(t) with t = 1 / (1 - 0.3 n):
+// no cancellation on either side. P is fitted on [-14, 0] to a relative 3e-8 (1 + n^2 / 4); what n^2 loses by
 // rounding grows alike.
 TRANCHE_INLINE Vec vgelu(Vec x) {
-  constexpr float kCoefficients[] = {0.0364240404f,  -0.159974556f, 0.210426664f, -0.0566769797f,
-                                     0.129677235f, 0.0997406935f, 0.120751232f, 0.119631687f};
+  constexpr float kCoefficients[] = {0.0364240404f, -0.159974556f, 0.210426664f, -0.0566769797f,
+                                     0.129677235f,  0.0997406935f, 0.120751232f, 0.119631687f};
   const Vec n = vmax(vset(-14.0f), vsub(vset(0.0f), vabs(x)));  // below it the product is 0
   const Vec t = vdiv(vset(1.0f), vfma(n, vset(-0.3f), vset(1.0f)));
   Vec p = vset(kCoefficients[0]);

@@ -12,18 +12,25 @@ namespace tranche::cpu::TRANCHE_ISA {
 
 namespace {
 
-constexpr int kLanes = 16, kRows = 4;  // rows together, for their sums to be added side by side
+constexpr int kRows = 4;  // rows together, for their sums to be added side by side
 
 // The first n of 16 elements, the others 0.
 template <class T, class A>
 TRANCHE_INLINE void load_lanes_of(const T* from, int64_t n, typename LanesOf<A>::type& out) {
+  if constexpr (__is_same(T, A)) {
+    if (n == kLanes) {
+      __builtin_memcpy(&out, from, sizeof out);
+      return;
+    }
+  }
   A values[kLanes];
   load_row(from, values, n);
   for (int64_t i = n; i < kLanes; ++i) values[i] = A(0);
   __builtin_memcpy(&out, values, sizeof out);
 }
 
-// sums[r] += row r of the weight times n moments, lane by lane.
+// sums[r] += row r of the weight times n moments, lane by lane. Rows beyond `rows` are the last one again:
+// with a number of them that is known, the sums stay in registers.
 template <class T, class A>
 TRANCHE_INLINE void multiply(const T* weight, int64_t stride, int64_t rows, const A* moments, int64_t n,
                              typename LanesOf<A>::type (&sums)[kRows]) {
@@ -33,8 +40,7 @@ TRANCHE_INLINE void multiply(const T* weight, int64_t stride, int64_t rows, cons
     load_lanes_of<A, A>(moments + k, live, moment);
 #pragma GCC unroll 4
     for (int64_t r = 0; r < kRows; ++r) {
-      if (r >= rows) break;
-      load_lanes_of<T, A>(weight + r * stride + k, live, w);
+      load_lanes_of<T, A>(weight + least(r, rows - 1) * stride + k, live, w);
       sums[r] += w * moment;
     }
   }
@@ -52,13 +58,8 @@ void gate(const ChannelGateParams& p) {
       multiply<T, A>(weight, 2 * n, rows, static_cast<const A*>(p.stats.mean) + b * n, n, sums);
       multiply<T, A>(weight + n, 2 * n, rows, static_cast<const A*>(p.stats.std) + b * n, n, sums);
       for (int64_t r = 0; r < rows; ++r) {
-        A lanes[kLanes];
-        __builtin_memcpy(lanes, &sums[r], sizeof lanes);
-        for (int half = kLanes / 2; half > 0; half /= 2) {
-          for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-        }
         const A bias = widen<A>(static_cast<const T*>(p.bias)[first + r]);
-        static_cast<T*>(p.out)[b * n + first + r] = narrow<T>(hardsigmoid(lanes[0] + bias));
+        static_cast<T*>(p.out)[b * n + first + r] = narrow<T>(hardsigmoid(sum_of<A>(sums[r]) + bias));
       }
     }
   };

@@ -7,17 +7,13 @@
 
 #include "core/parallel.h"
 #include "pconv/channel_stats.h"
+#include "pconv/lanes_cpu.h"
 #include "pconv/layout_cpu.h"
 
 namespace tranche::cpu::TRANCHE_ISA {
 
-constexpr int64_t kChunk = 256, kPartial = 16, kTogether = 16;  // channels of a task
-
-// One value of each channel of a task.
-template <class A>
-struct LanesOf {
-  typedef A type __attribute__((vector_size(kTogether * sizeof(A))));
-};
+constexpr int64_t kChunk = 256, kPartial = 16;
+constexpr int64_t kTogether = kLanes;  // channels whose pixels are read together
 
 template <class A>
 struct Moments {
@@ -79,10 +75,10 @@ static void measure(const ChannelStatsParams& p) {
   constexpr int64_t kMostGroups = 32;
   const int64_t sharers = (num_threads() + p.batch - 1) / most<int64_t>(1, p.batch);
   const int64_t parts = most((groups + kMostGroups - 1) / kMostGroups, least(groups, sharers));
-  // Whole pixels of the type that is computed in, equally spaced, are read where they lie; the last group then
-  // takes channels of the one before besides its own.
-  const bool in_place = __is_same(T, A) && kept >= kTogether && p.x_stride[1] == 1 &&
-                        p.x_stride[2] == p.width * p.x_stride[3];
+  // Whole pixels of the type that is computed in, equally spaced, are read where they lie; the last group
+  // then takes channels of the one before besides its own.
+  const bool in_place =
+      __is_same(T, A) && kept >= kTogether && p.x_stride[1] == 1 && p.x_stride[2] == p.width * p.x_stride[3];
   const auto some_channels = [&](int64_t task) {
     const int64_t b = task / parts, part = task % parts;
     const int64_t begin = part * groups / parts, end = (part + 1) * groups / parts;

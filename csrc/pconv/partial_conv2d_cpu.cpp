@@ -31,8 +31,8 @@ class PartialConvolution {
     packs_first_ = by_channel_ || (p.in_place && !image_tasks);
     task_rows_ = p.out_height;
     if (!image_tasks) {
-      // What a task packs stays in the second-level cache. Two tasks per thread at least, and eight where passes
-      // are that many: a thread that is late holds the others up for no more than one.
+      // What a task packs stays in the second-level cache. Two tasks per thread at least, and eight where
+      // passes are that many: a thread that is late holds the others up for no more than one.
       constexpr int64_t kPackedBytes = 512 << 10;
       const int64_t passes = p.batch * ((p.out_height + conv_.pass_rows() - 1) / conv_.pass_rows());
       const int64_t all = round_up(most(2 * threads, least(8 * threads, passes)), threads);

@@ -6,6 +6,7 @@
 
 #include "core/dispatch.h"
 #include "core/isa.h"
+#include "pconv/lanes_cpu.h"
 #include "pconv/partial_mlp_vectors_cpu.h"
 #if defined(__AMX_BF16__)
 #include "pconv/partial_mlp_tiles_cpu.h"
@@ -280,15 +281,12 @@ class PartialMlp {
   void scores(int64_t first, int64_t count, const Scratch& s) const {
     const A bias = p_.spatial_bias ? widen<A>(*static_cast<const T*>(p_.spatial_bias)) : A(0);
     for (int64_t i = first; i < first + count; ++i) {
-      A lanes[16] = {};
-      for (int64_t m = 0; m < p_.hidden; m += 16) {
-        const int64_t live = least<int64_t>(16, p_.hidden - m);
+      typename LanesOf<A>::type lanes = {};
+      for (int64_t m = 0; m < p_.hidden; m += kLanes) {
+        const int64_t live = least<int64_t>(kLanes, p_.hidden - m);
         for (int64_t j = 0; j < live; ++j) lanes[j] += s.h.value(i, m + j) * spatial_[m + j];
       }
-      for (int half = 8; half > 0; half /= 2) {
-        for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-      }
-      s.scale[i] = hardsigmoid(lanes[0] + bias);
+      s.scale[i] = hardsigmoid(sum_of<A>(lanes) + bias);
     }
   }
 

@@ -87,8 +87,9 @@ template <class K>
 TRANCHE_INLINE int64_t units(int64_t elements) {
   return (elements + K::kPair - 1) / K::kPair;
 }
-// `units` of a pixel, or some more so that every `step`-th pixel lies at another place of the first-level cache:
-// a product takes several together, which 4 KB apart would share one set of it and drive each other out.
+// `units` of a pixel, or some more so that every `step`-th pixel lies at another place of the first-level
+// cache: a product takes several together, which 4 KB apart would share one set of it and drive each other
+// out.
 template <class Unit>
 TRANCHE_INLINE int64_t spread(int64_t units, int64_t step = 1) {
   constexpr int64_t kLine = 64 / sizeof(Unit), kSets = 4096 / sizeof(Unit);
