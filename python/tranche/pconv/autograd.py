@@ -85,7 +85,7 @@ def _register_partial_conv2d(namespace: str) -> None:
             else:
                 turned = _transposed(part, x[:, ctx.start : stop], weight, ctx.geometry, ctx.groups)
                 grad_x = torch.cat([grad[:, : ctx.start], turned, grad[:, stop:]], dim=1)
-        return grad_x, *_weight_and_bias(namespace, ctx, part), None, None, None, None, None
+        return grad_x, *_weight_and_bias(namespace, ctx, part), None, None, None, None, None, None
 
     torch.library.register_autograd(f"{namespace}::partial_conv2d", backward, setup_context=_save)
 

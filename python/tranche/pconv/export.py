@@ -40,6 +40,7 @@ def _partial_conv2d(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     start: int = 0,
+    packed: Tensor | None = None,
 ) -> Tensor:
     width = weight.size(0)
     before, part, after = x.split([start, width, x.size(1) - start - width], dim=1)

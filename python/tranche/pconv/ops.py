@@ -26,6 +26,7 @@ def partial_conv2d(
     groups: int = 1,
     *,
     start: int = 0,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """Convolves the channels [start, start + c) and passes the others through (FasterNet's PConv, arXiv 2303.03667).
 
@@ -39,16 +40,17 @@ def partial_conv2d(
         stride, padding, dilation, groups: as `torch.nn.functional.conv2d` takes them, padding with zeros; together
             they must keep H and W.
         start: the first channel of the slice. It and c are values, not constants: changing them compiles nothing anew.
+        packed: what `conv2d_pack` made of weight and bias, which are then not read: the same bits sooner.
 
     Returns:
         [B, C, H, W] in the memory format of x. Differentiable, twice too.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or number, or arguments that would change H, W or the channels.
+        ValueError: a wrong shape, dtype, device or number, or arguments that would change H, W or the channels; packed
+            made of other weights or for another processor.
     """
-    return _library.call(
-        "partial_conv2d", x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups, start
-    )
+    geometry = _pair(stride), _pair(padding), _pair(dilation)
+    return _library.call("partial_conv2d", x, weight, bias, *geometry, groups, start, packed)
 
 
 def partial_conv2d_(
@@ -61,18 +63,18 @@ def partial_conv2d_(
     groups: int = 1,
     *,
     start: int = 0,
+    packed: Tensor | None = None,
 ) -> None:
     """As `partial_conv2d`, on x itself: the other channels are neither read nor written.
 
     Every output is computed from the old x, whatever the order of the work.
 
     Raises:
-        ValueError: as `partial_conv2d`; or elements of x share memory with one another, with weight or with bias.
+        ValueError: as `partial_conv2d`; or elements of x share memory with one another, with weight, bias or packed.
         RuntimeError: a tensor requires grad: the backward pass needs the x that is overwritten.
     """
-    _library.call_inplace(
-        "partial_conv2d_", x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups, start
-    )
+    geometry = _pair(stride), _pair(padding), _pair(dilation)
+    _library.call_inplace("partial_conv2d_", x, weight, bias, *geometry, groups, start, packed)
 
 
 def conv2d_slice(
@@ -111,13 +113,13 @@ def conv2d_pack(
     dilation: Pair = 1,
     groups: int = 1,
 ) -> Tensor:
-    """The weights of `conv2d_slice` in the order in which its CPU kernel reads them, which else every call sets up.
+    """The weights of a convolution in the order in which the CPU kernel reads them, which else every call sets up.
 
     They serve x of any size, padding and `start`, and hold for this processor's instruction set: keep the weights, and
     make this anew wherever they are loaded. It does not follow changes of weight and bias.
 
     Args:
-        weight, bias, stride, dilation, groups: as for `conv2d_slice`.
+        weight, bias, stride, dilation, groups: as for `conv2d_slice`, `partial_conv2d` and `partial_conv2d_`.
 
     Returns:
         [bytes] uint8, opaque, for the argument `packed`; on CUDA, where weights are read as they lie, without elements.
@@ -335,6 +337,7 @@ def _(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     start: int = 0,
+    packed: Tensor | None = None,
 ) -> Tensor:
     return torch.empty_like(x)
 
@@ -349,6 +352,7 @@ def _(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     start: int = 0,
+    packed: Tensor | None = None,
 ) -> None:
     return None
 

@@ -62,6 +62,7 @@ def partial_conv2d(
     groups: int = 1,
     *,
     start: int = 0,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """See `tranche.pconv.partial_conv2d`."""
     stop = start + groups * weight.size(1)
