@@ -272,7 +272,71 @@ def channel_gate(x: Tensor, start: int, weight: Tensor, bias: Tensor) -> Tensor:
     return _library.call("channel_gate", x, start, weight, bias)
 
 
+def partial_attention(
+    x: Tensor,
+    start: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    bias: Tensor,
+    num_heads: int,
+    *,
+    eps: float = 1e-6,
+    qkv_packed: Tensor | None = None,
+    proj_packed: Tensor | None = None,
+) -> Tensor:
+    """The channels from `start` on attend to those of the image's other pixels; the first ones pass through: PAT_sf.
+
+    With n = C - start, x2 = x[:, start:] and normed its pixels less their mean, over sqrt(variance + eps):
+
+        q, k, v = qkv_weight normed + qkv_bias, n channels each, of heads of d = n / num_heads
+        y[:, start:] = x2 + proj_weight softmax(q k^T / sqrt(d) + bias) v + proj_bias
+
+    and y[:, :start] equals x bit for bit. A LayerNorm's weight and bias belong into qkv_weight and qkv_bias.
+
+    Args:
+        x: [B, C, H, W], any strides; float32, float16 or bfloat16 (float64 on the CPU). Sums are float32 (float64).
+        start: the first channel that is attended, 0..C - 1.
+        qkv_weight: [3 n, n], without gaps and of the dtype of x, as all tensors are: that of a `torch.nn.Linear`.
+        qkv_bias: [3 n].
+        proj_weight: [n, n].
+        proj_bias: [n].
+        bias: [num_heads, H W, H W], for all images: query by key.
+        num_heads: a divisor of n.
+        eps: of the normalisation.
+        qkv_packed, proj_packed: what `conv2d_pack(weight[:, :, None, None], bias)` made of either layer, which are then
+            not read: the same bits sooner.
+
+    Returns:
+        [B, C, H, W] in the memory format of x. Between its steps pixels have the dtype of x. Differentiable, twice too,
+        by torch's matmuls.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or number; packed weights made of others or for another processor.
+    """
+    weights = qkv_weight, qkv_bias, proj_weight, proj_bias, bias
+    return _library.call("partial_attention", x, start, *weights, num_heads, eps, qkv_packed, proj_packed)
+
+
 _library.register_inplace("partial_conv2d_")
+
+
+@_library.register_fake("partial_attention")
+def _(
+    x: Tensor,
+    start: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    bias: Tensor,
+    num_heads: int,
+    eps: float = 1e-6,
+    qkv_packed: Tensor | None = None,
+    proj_packed: Tensor | None = None,
+) -> Tensor:
+    return torch.empty_like(x)
 
 
 @_library.register_fake("partial_mlp")
