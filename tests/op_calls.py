@@ -363,6 +363,15 @@ def _(ops: Any, device: str, dtype: torch.dtype) -> None:
     ops.channel_gate(x, 6, normal(device, dtype, n, 2 * n), normal(device, dtype, n))
 
 
+@call("partial_attention", *FLOATS)
+def _(ops: Any, device: str, dtype: torch.dtype) -> None:
+    x, _ = convolution(device, dtype)
+    n = x.size(1) - 4
+    qkv = normal(device, dtype, 3 * n, n), normal(device, dtype, 3 * n)
+    proj = normal(device, dtype, n, n), normal(device, dtype, n)
+    ops.partial_attention(x, 4, *qkv, *proj, normal(device, dtype, 2, 49, 49), 2)
+
+
 # ---- rows ---------------------------------------------------------------------------------------------------------
 
 

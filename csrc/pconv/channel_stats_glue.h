@@ -1,21 +1,13 @@
 // What the ops that measure channels share: checks of x and start, and the kernel's view of them.
 #pragma once
 
-#include "core/torch_glue.h"
 #include "pconv/channel_stats.h"
+#include "pconv/image_glue.h"
 
 namespace tranche {
 
 inline void check_measured(const TensorChecks& check, const Tensor& x, int64_t start) {
-  check.dim("x", x, 4, "[B, C, H, W]");
-#if defined(TRANCHE_BACKEND_CPU)
-  check.dtype("x", x, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double});
-#else
-  check.dtype("x", x, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
-#endif
-  for (int i = 0; i < 4; ++i) {
-    check.that(x.size(i) <= INT32_MAX, "sizes of x below 2^31", shape_text(x), "Cut the input in pieces.");
-  }
+  check_images(check, x);
   check.that(start >= 0 && start <= x.size(1), concat("start in [0, x.size(1)] = [0, ", x.size(1), "]"),
              start, "The channels from start on are measured.");
 }

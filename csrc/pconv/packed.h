@@ -46,35 +46,36 @@ class Packing {
     return const_cast<char*>(data<char>(packed)) + sizeof(PackedHeader);
   }
 
-  // The weights in `packed`, or null where there are none. They are `bytes()` long.
+  // The weights in `packed`, an argument called `name`, or null where there are none. They are `bytes()`
+  // long.
   template <class F>
-  void* checked(const std::optional<Tensor>& packed, [[maybe_unused]] const F& bytes) const {
+  void* checked(Phrase name, const std::optional<Tensor>& packed, [[maybe_unused]] const F& bytes) const {
     if (!packed) return nullptr;
-    check_.same_device("packed", *packed, "the weights", weight_);
+    check_.same_device(name, *packed, "the weights", weight_);
     if (packed->numel() == 0) return nullptr;
-    check_.dtype("packed", *packed, {ScalarType::Byte});
+    check_.dtype(name, *packed, {ScalarType::Byte});
 #if defined(TRANCHE_BACKEND_CPU)
     const auto remedy =
         concat("Make it anew with tranche.pconv.", maker_, " on this machine, or leave it out.");
-    check_.contiguous("packed", *packed);
+    check_.contiguous(name, *packed);
     PackedHeader got;
     const int64_t there = packed->numel() - int64_t(sizeof got);
     if (there >= 0) std::memcpy(&got, packed->const_data_ptr(), sizeof got);
     check_.that(there == got.bytes && std::memcmp(got.mark, header_.mark, sizeof got.mark) == 0,
-                concat("packed made by ", maker_), "other bytes", remedy);
+                concat(name, " made by ", maker_), "other bytes", remedy);
     check_.that(
         got.isa == header_.isa && got.layout == header_.layout,
-        concat("packed made for instruction set ", isa_name(Isa(header_.isa)), ", layout ", header_.layout),
+        concat(name, " made for instruction set ", isa_name(Isa(header_.isa)), ", layout ", header_.layout),
         concat(isa_name(Isa(got.isa)), ", layout ", got.layout), remedy);
     check_.that(got.type == header_.type && std::memcmp(got.sizes, header_.sizes, sizeof got.sizes) == 0,
-                "packed made of these weights", "that of others, by dtype, sizes, stride, dilation or groups",
-                remedy);
+                concat(name, " made of these weights"),
+                "that of others, by dtype, sizes, stride, dilation or groups", remedy);
     const int64_t wanted = bytes();
-    check_.that(there == wanted, concat("packed with ", wanted, " bytes of weights"), there, remedy);
+    check_.that(there == wanted, concat(name, " with ", wanted, " bytes of weights"), there, remedy);
     return weights(*packed);
 #else
-    check_.that(false, "packed without elements", shape_text(*packed),
-                "Weights are packed on the CPU only; leave packed out.");
+    check_.that(false, concat(name, " without elements"), shape_text(*packed),
+                concat("Weights are packed on the CPU only; leave ", name, " out."));
     return nullptr;
 #endif
   }

@@ -1,8 +1,5 @@
 // tranche::partial_conv2d, partial_conv2d_, conv2d_slice and conv2d_pack: schemas, checks, allocation.
-#include "pconv/partial_conv2d.h"
-
-#include "core/torch_glue.h"
-#include "pconv/packed.h"
+#include "pconv/partial_conv2d_glue.h"
 
 namespace tranche {
 namespace {
@@ -121,28 +118,22 @@ PartialConv2dParams make_params(const Arguments& a, const Tensor& weight, const 
   return p;
 }
 
-// Runs with params.y already set; `y` is what may be written.
-void run(PartialConv2dParams& p, const Arguments& a, [[maybe_unused]] const Tensor& weight,
-         [[maybe_unused]] const Tensor& y) {
-  const Tensor workspace = empty_on(a.x, {int64_t(KERNEL(partial_conv2d_workspace)(p))}, ScalarType::Byte);
-  p.workspace = workspace.mutable_data_ptr();
-  RUN_KERNEL(partial_conv2d, p, a.x, weight, a.bias, y, workspace);
-}
-
 Tensor partial_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                      IntList stride, IntList padding, IntList dilation, int64_t groups, int64_t start) {
+                      IntList stride, IntList padding, IntList dilation, int64_t groups, int64_t start,
+                      const std::optional<Tensor>& packed) {
   const TensorChecks check("partial_conv2d");
   const Arguments a{x, weight, bias, stride, padding, dilation, groups, start};
   check_arguments(check, a);
   check_same_shape(check, a);
   Tensor y = torch::stable::empty_like(x);
-  if (y.numel() == 0) return y;
   const Tensor dense = torch::stable::contiguous(weight);
   PartialConv2dParams params = make_params(a, dense, y);
+  params.packed = checked_packed(check, "packed", packed, dense, params);
+  if (y.numel() == 0) return y;
   params.y = y.mutable_data_ptr();
   params.y_start = int32_t(start);
   params.copies = true;
-  run(params, a, dense, y);
+  run_conv2d(params, x, dense, bias, y);
   return y;
 }
 
@@ -179,46 +170,24 @@ void check_apart(const TensorChecks& check, Phrase name, const Tensor& tensor, c
 }
 
 void partial_conv2d_(Tensor x, const Tensor& weight, const std::optional<Tensor>& bias, IntList stride,
-                     IntList padding, IntList dilation, int64_t groups, int64_t start) {
+                     IntList padding, IntList dilation, int64_t groups, int64_t start,
+                     const std::optional<Tensor>& packed) {
   const TensorChecks check("partial_conv2d_");
   const Arguments a{x, weight, bias, stride, padding, dilation, groups, start};
   check_arguments(check, a);
   check_same_shape(check, a);
+  const Tensor dense = torch::stable::contiguous(weight);
+  PartialConv2dParams params = make_params(a, dense, x);
+  params.packed = checked_packed(check, "packed", packed, dense, params);
   if (x.numel() == 0) return;
   check_no_overlap(check, x);
   check_apart(check, "weight", weight, x);
   if (bias) check_apart(check, "bias", *bias, x);
-  const Tensor dense = torch::stable::contiguous(weight);
-  PartialConv2dParams params = make_params(a, dense, x);
+  if (packed) check_apart(check, "packed", *packed, x);
   params.y = x.mutable_data_ptr();
   params.y_start = int32_t(start);
   params.in_place = true;
-  run(params, a, dense, x);
-}
-
-#if defined(TRANCHE_BACKEND_CPU)
-// Of an image of one pixel: what is packed serves any.
-PartialConv2dParams packing_params(const Arguments& a, const Tensor& weight) {
-  PartialConv2dParams p = weight_params(a, weight);
-  p.padding[0] = p.padding[1] = 0;
-  p.batch = 1;
-  p.height = p.width = p.out_height = p.out_width = 1;
-  return p;
-}
-#endif
-
-int64_t packed_bytes([[maybe_unused]] const Arguments& a, [[maybe_unused]] const Tensor& weight) {
-#if defined(TRANCHE_BACKEND_CPU)
-  return int64_t(KERNEL(partial_conv2d_packed_bytes)(packing_params(a, weight)));
-#else
-  return 0;
-#endif
-}
-
-Packing packing_of(const TensorChecks& check, const Arguments& a) {
-  return Packing(check, "conv2d_pack", a.weight,
-                 {a.weight.size(0), a.weight.size(1), a.weight.size(2), a.weight.size(3), a.groups,
-                  a.stride[0], a.stride[1], a.dilation[0], a.dilation[1]});
+  run_conv2d(params, x, dense, bias, x);
 }
 
 Tensor conv2d_slice(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, IntList stride,
@@ -237,10 +206,10 @@ Tensor conv2d_slice(const Tensor& x, const Tensor& weight, const std::optional<T
                  : empty_on(x, {x.size(0), weight.size(0), height, width}, x.scalar_type());
   const Tensor dense = torch::stable::contiguous(weight);
   PartialConv2dParams params = make_params(a, dense, y);
-  params.packed = packing_of(check, a).checked(packed, [&] { return packed_bytes(a, dense); });
+  params.packed = checked_packed(check, "packed", packed, dense, params);
   if (y.numel() == 0) return y;
   params.y = y.mutable_data_ptr();
-  run(params, a, dense, y);
+  run_conv2d(params, x, dense, bias, y);
   return y;
 }
 
@@ -252,8 +221,8 @@ Tensor conv2d_pack(const Tensor& weight, const std::optional<Tensor>& bias, IntL
   check_weight(check, a, "weight", weight);
 #if defined(TRANCHE_BACKEND_CPU)
   const Tensor dense = torch::stable::contiguous(weight);
-  PartialConv2dParams p = packing_params(a, dense);
-  const Tensor packed = packing_of(check, a).make(packed_bytes(a, dense));
+  PartialConv2dParams p = packing_params(weight_params(a, dense));
+  const Tensor packed = packing_of(check, dense, p).make(packed_bytes(p));
   const Tensor workspace = empty_on(weight, {int64_t(KERNEL(partial_conv2d_workspace)(p))}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
   p.packed = Packing::weights(packed);
@@ -266,11 +235,11 @@ Tensor conv2d_pack(const Tensor& weight, const std::optional<Tensor>& bias, IntL
 
 #define TRANCHE_CONV_ARGUMENTS                                                            \
   "Tensor weight, Tensor? bias=None, SymInt[2] stride=[1, 1], SymInt[2] padding=[0, 0], " \
-  "SymInt[2] dilation=[1, 1], SymInt groups=1, SymInt start=0"
+  "SymInt[2] dilation=[1, 1], SymInt groups=1, SymInt start=0, Tensor? packed=None"
 
 REGISTER_OP(partial_conv2d, "(Tensor x, " TRANCHE_CONV_ARGUMENTS ") -> Tensor")
 REGISTER_OP(partial_conv2d_, "(Tensor(a!) x, " TRANCHE_CONV_ARGUMENTS ") -> ()")
-REGISTER_OP(conv2d_slice, "(Tensor x, " TRANCHE_CONV_ARGUMENTS ", Tensor? packed=None) -> Tensor")
+REGISTER_OP(conv2d_slice, "(Tensor x, " TRANCHE_CONV_ARGUMENTS ") -> Tensor")
 REGISTER_OP(conv2d_pack,
             "(Tensor weight, Tensor? bias=None, SymInt[2] stride=[1, 1], SymInt[2] dilation=[1, 1], "
             "SymInt groups=1) -> Tensor")

@@ -125,7 +125,8 @@ Tensor partial_mlp(const Tensor& x, const Tensor& conv_weight, const Tensor& w1,
 
   const DenseWeights dense(weights);
   PartialMlpParams p = dense.params(weights);
-  p.packed = packing_of(check, weights).checked(packed, [&] { return packed_bytes(weights, dense); });
+  p.packed =
+      packing_of(check, weights).checked("packed", packed, [&] { return packed_bytes(weights, dense); });
   Tensor y = torch::stable::empty_like(x);
   if (y.numel() == 0) return y;
   p.x = x.const_data_ptr();

@@ -3,8 +3,8 @@
 The families are packages of this one: `tranche.tree` (draft trees for speculative decoding), `tranche.moe` (mixtures of
 experts for few tokens), `tranche.bits` (one stored weight for every precision) and `tranche.pconv` (partial
 convolution). Each offers typed functions and modules; the raw ops behind them are `torch.ops.tranche.<family>_<op>`.
-Without their family's name are those of pconv (`partial_conv2d`, `partial_mlp`, `conv2d_slice`, `channel_stats`,
-`channel_gate`); the `row_*` and `limit_*` ops belong to `tranche.rows` and `tranche.limits`.
+Without their family's name are those of pconv (`partial_conv2d`, `partial_mlp`, `partial_attention`, `conv2d_slice`,
+`channel_stats`, `channel_gate`); the `row_*` and `limit_*` ops belong to `tranche.rows` and `tranche.limits`.
 
 `tranche.decode`, speculative decoding with these, needs transformers and is imported by itself:
 `import tranche.decode`.

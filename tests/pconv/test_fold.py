@@ -95,7 +95,7 @@ def test_any_size_one_after_the_other():
             torch.testing.assert_close(folded(x), want, rtol=0, atol=1e-5 * float(want.abs().max()))
     with torch.inference_mode():
         folded(torch.randn(1, 3, 40, 40))
-    assert not folded.stages[4].blocks[0].attn.rpe_k.mask.is_inference()
+    assert not folded.stages[4].blocks[0].mixing.rpe_k.mask.is_inference()
 
 
 def test_a_large_batch_goes_in_pieces(monkeypatch):

@@ -19,7 +19,16 @@ from tests.pconv.convolutions import make_case, same_bits
 from tests.pconv.networks import randomise
 from tests.pconv.test_partial_mlp import BLOCKS, FLOATS, make_block
 from tranche import _host, testing
-from tranche.pconv import PartialNet, conv2d_pack, conv2d_slice, fold, partial_mlp, partial_mlp_pack
+from tranche.pconv import (
+    PartialNet,
+    conv2d_pack,
+    conv2d_slice,
+    fold,
+    partial_conv2d,
+    partial_conv2d_,
+    partial_mlp,
+    partial_mlp_pack,
+)
 from tranche.pconv.fold import FoldedConv
 
 WEIGHTS = ("conv_weight", "w1", "b1", "w2", "b2")
@@ -73,6 +82,21 @@ def check_block(name, dtype, device, packs):
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolution(backend, name, dtype):
     check_convolution(name, dtype, backend.device, backend.name == "cpu")
+
+
+@pytest.mark.parametrize("name", ["3x3", "1x1", "dilated", "groups", "depthwise"])
+def test_partial_convolutions(backend, name):
+    for dtype in FLOATS:
+        for channels_last in (False, True):
+            options = CONVOLUTIONS[name] | {"out": None, "bias": True, "start": 1, "shape": (3, 25, 9, 7)}
+            case = make_case(dtype=dtype, channels_last=channels_last, device=backend.device, **options)
+            packed, want = pack(case), case.run(partial_conv2d)
+            if backend.name == "cpu":
+                case.weight, case.bias = torch.zeros_like(case.weight), torch.zeros_like(case.bias)
+            case.options["packed"] = packed
+            assert same_bits(case.run(partial_conv2d), want)
+            case.run(partial_conv2d_)
+            assert same_bits(case.x, want)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -129,9 +153,11 @@ def test_gradients():
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
     case = make_case(dtype=torch.float64)
+    packed = pack(case)
     case.weight.requires_grad_()
-    y = case.run(lambda *args, **kw: conv2d_slice(*args, **kw, packed=pack(case)))
-    assert torch.autograd.grad(y.sum(), case.weight)[0].abs().sum() > 0
+    for function in (conv2d_slice, partial_conv2d):
+        y = function(case.x, case.weight, padding=1, packed=packed)
+        assert torch.autograd.grad(y.sum(), case.weight)[0].abs().sum() > 0
 
 
 def test_opcheck(backend):
@@ -141,9 +167,9 @@ def test_opcheck(backend):
     torch.library.opcheck(ops.conv2d_pack.default, (case.weight,))
     tensors = tuple(block.tensors[name] for name in ("x", *WEIGHTS))
     torch.library.opcheck(ops.partial_mlp.default, tensors, {"packed": ops.partial_mlp_pack(*tensors[1:])})
-    torch.library.opcheck(
-        ops.conv2d_slice.default, (case.x, case.weight), {"packed": ops.conv2d_pack(case.weight)}
-    )
+    packed = {"padding": [1, 1], "packed": ops.conv2d_pack(case.weight)}
+    for op in (ops.conv2d_slice, ops.partial_conv2d, ops.partial_conv2d_):
+        torch.library.opcheck(op.default, (case.x, case.weight), packed)
 
 
 def test_refused():
@@ -156,6 +182,9 @@ def test_refused():
     for wrong in (packed[:-1], packed[:8], torch.zeros_like(packed), pack_block(block)):
         with pytest.raises(ValueError, match="packed"):
             run(wrong)
+        for function in (partial_conv2d, partial_conv2d_):
+            with pytest.raises(ValueError, match=rf"tranche\.{function.__name__}: expected packed"):
+                function(x, case.weight, padding=1, packed=wrong)
     with pytest.raises(ValueError, match=r"packed made by conv2d_pack, got other bytes\. Make it anew"):
         run(packed[1:])
     with pytest.raises(ValueError, match="a contiguous packed"):
@@ -175,6 +204,14 @@ def test_refused():
         partial_mlp(*(block.tensors[n] for n in ("x", *WEIGHTS)), packed=packed)
     with testing.use_simulator(), pytest.raises(ValueError, match="packed without elements"):
         run(packed)
+
+
+def test_in_place_they_lie_apart():
+    weight = torch.randn(8, 8, 3, 3)
+    packed = conv2d_pack(weight)
+    x = packed[:1024].view(torch.float32).view(1, 8, 4, 8)
+    with pytest.raises(ValueError, match="packed outside the memory of x"):
+        partial_conv2d_(x, weight, padding=1, packed=packed)
 
 
 def test_a_damaged_one_reads_nothing_outside():
@@ -245,7 +282,8 @@ def test_a_network_keeps_its_own(network):
     assert all(a is b for a, b in zip(kept(network), before, strict=True))
     with torch.inference_mode():
         network(torch.randn(1, 3, 16, 16))
-    assert not any(k.packed.is_inference() for k in kept(network))
+    tensors = [t for k in kept(network) for t in (k.packed if isinstance(k.packed, tuple) else (k.packed,))]
+    assert len(tensors) > len(kept(network)) and not any(t.is_inference() for t in tensors)
 
 
 def test_a_network_follows_its_weights(network):

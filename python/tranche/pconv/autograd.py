@@ -85,7 +85,7 @@ def _register_partial_conv2d(namespace: str) -> None:
             else:
                 turned = _transposed(part, x[:, ctx.start : stop], weight, ctx.geometry, ctx.groups)
                 grad_x = torch.cat([grad[:, : ctx.start], turned, grad[:, stop:]], dim=1)
-        return grad_x, *_weight_and_bias(namespace, ctx, part), None, None, None, None, None
+        return grad_x, *_weight_and_bias(namespace, ctx, part), None, None, None, None, None, None
 
     torch.library.register_autograd(f"{namespace}::partial_conv2d", backward, setup_context=_save)
 
@@ -236,12 +236,65 @@ def _register_channel_gate(namespace: str) -> None:
     torch.library.register_autograd(f"{namespace}::channel_gate", backward, setup_context=_save_gate)
 
 
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.start, *weights, ctx.heads, ctx.eps, _, _ = inputs
+    ctx.save_for_backward(x, *weights)
+
+
+def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, qkv_weight, qkv_bias, proj_weight, _, bias = ctx.saved_tensors
+    start, heads = ctx.start, ctx.heads
+
+    # the forward pass again, pixels [B, HW, channels] and heads [B, heads, HW, d]
+    def split(pixels: Tensor) -> Tensor:
+        return pixels.unflatten(2, (heads, -1)).transpose(1, 2)
+
+    attended = x[:, start:].flatten(2).mT
+    wide = attended.to(torch.promote_types(x.dtype, torch.float32))
+    variance, mean = torch.var_mean(wide, 2, correction=0, keepdim=True)
+    scale = (variance + ctx.eps).rsqrt()
+    exact = (wide - mean) * scale
+    normed = exact.to(x.dtype)
+    channels = normed.size(2)
+    q, k, v = (split(t) for t in F.linear(normed, qkv_weight, qkv_bias).split(channels, dim=2))
+    factor = q.size(3) ** -0.5
+    weights = torch.softmax(q @ k.mT * factor + bias, dim=3)
+    mixed = (weights @ v).transpose(1, 2).flatten(2)
+
+    out_grad = grad[:, start:].flatten(2).mT
+    head_grad = split(out_grad @ proj_weight)
+    weights_grad = head_grad @ v.mT
+    score_grad = weights * (weights_grad - (weights_grad * weights).sum(3, keepdim=True))
+    parts = score_grad @ k * factor, score_grad.mT @ q * factor, weights.mT @ head_grad
+    qkv_grad = torch.cat([part.transpose(1, 2).flatten(2) for part in parts], dim=2)
+    normed_grad = (qkv_grad @ qkv_weight).to(wide.dtype)
+    along = (normed_grad * exact).mean(2, keepdim=True)
+    wide_grad = scale * (normed_grad - normed_grad.mean(2, keepdim=True) - exact * along)
+    attended_grad = (out_grad + wide_grad.to(x.dtype)).mT.unflatten(2, x.shape[2:])
+    return (
+        torch.cat([grad[:, :start], attended_grad], dim=1),
+        None,
+        torch.einsum("bpm,bpc->mc", qkv_grad, normed),
+        qkv_grad.sum((0, 1)),
+        torch.einsum("bpm,bpc->mc", out_grad, mixed),
+        out_grad.sum((0, 1)),
+        score_grad.sum(0),
+        None,
+        None,
+        None,
+        None,
+    )
+
+
 for _namespace in _library.NAMESPACES:
     _register_partial_mlp(_namespace)
     torch.library.register_autograd(
         f"{_namespace}::channel_stats", _stats_backward, setup_context=_save_stats
     )
     _register_channel_gate(_namespace)
+    torch.library.register_autograd(
+        f"{_namespace}::partial_attention", _attention_backward, setup_context=_save_attention
+    )
     _register_partial_conv2d(_namespace)
     _register_conv2d_slice(_namespace)
     _register_weight_grad(_namespace)

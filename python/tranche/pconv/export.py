@@ -40,6 +40,7 @@ def _partial_conv2d(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     start: int = 0,
+    packed: Tensor | None = None,
 ) -> Tensor:
     width = weight.size(0)
     before, part, after = x.split([start, width, x.size(1) - start - width], dim=1)
@@ -89,6 +90,30 @@ def _partial_mlp(
     return out + x if residual else out
 
 
+def _partial_attention(
+    x: Tensor,
+    start: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    bias: Tensor,
+    num_heads: int,
+    eps: float = 1e-6,
+    qkv_packed: Tensor | None = None,
+    proj_packed: Tensor | None = None,
+) -> Tensor:
+    before, part = x.split([start, x.size(1) - start], dim=1)
+    pixels = part.permute(0, 2, 3, 1).flatten(1, 2)
+    normed = F.layer_norm(pixels, [pixels.size(2)], eps=eps)
+    heads = F.linear(normed, qkv_weight, qkv_bias).unflatten(2, (3, num_heads, -1))
+    q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+    weights = torch.softmax(q @ k.transpose(2, 3) / q.size(-1) ** 0.5 + bias, dim=-1)
+    mixed = F.linear((weights @ v).transpose(1, 2).flatten(2), proj_weight, proj_bias)
+    attended = part + mixed.transpose(1, 2).unflatten(2, (x.size(2), x.size(3)))
+    return torch.cat([before, attended], dim=1) if start else attended
+
+
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     """For each op of the family, what it does in torch's ops that are ONNX operators."""
     table: dict[Any, Callable[..., Any]] = {}
@@ -99,6 +124,7 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
         table[ops.partial_mlp.default] = _partial_mlp
         table[ops.channel_stats.default] = _channel_stats
         table[ops.channel_gate.default] = _channel_gate
+        table[ops.partial_attention.default] = _partial_attention
     return table
 
 

@@ -34,9 +34,19 @@ def _channel_gate(x: Any, start: int, weight: Any, *args: Any, out_shape: Any = 
     return 2 * x[0] * math.prod(weight)
 
 
+def _partial_attention(
+    x: Any, start: int, qkv_weight: Any, qkv_bias: Any, proj_weight: Any, *args: Any, **kwargs: Any
+) -> int:
+    batch, channels, height, width = x
+    pixels = height * width
+    linear = math.prod(qkv_weight) + math.prod(proj_weight)
+    return 2 * batch * pixels * (linear + 2 * pixels * (channels - start))
+
+
 for _namespace in _library.NAMESPACES:
     _ops = getattr(torch.ops, _namespace)
     register_flop_formula([_ops.partial_conv2d, _ops.conv2d_slice])(_conv2d_slice)
     register_flop_formula(_ops.conv2d_slice_weight_grad)(_weight_grad)
     register_flop_formula(_ops.partial_mlp)(_partial_mlp)
     register_flop_formula(_ops.channel_gate)(_channel_gate)
+    register_flop_formula(_ops.partial_attention)(_partial_attention)

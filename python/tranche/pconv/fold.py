@@ -17,10 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tranche.pconv.attention import DistanceAttention, PATChannel, PATSelf, PATSpatial, StyleGate
+from tranche.pconv.attention import PATChannel, PATSelf, PATSpatial, StyleGate
 from tranche.pconv.dynamic import DPConv
 from tranche.pconv.modules import PartialConv
-from tranche.pconv.ops import channel_gate, conv2d_pack, conv2d_slice, partial_mlp, partial_mlp_pack
+from tranche.pconv.ops import (
+    channel_gate,
+    conv2d_pack,
+    conv2d_slice,
+    partial_attention,
+    partial_conv2d,
+    partial_mlp,
+    partial_mlp_pack,
+)
 from tranche.pconv.packed import KeepsPacked
 from tranche.pconv.partialnet import PartialBlock, PartialNet, PatchEmbed, PatchMerging
 
@@ -214,43 +222,72 @@ class KeptBias(nn.Module):
         super()._load_from_state_dict(*args)
 
 
-class FoldedAttention(nn.Module):
-    """The attention of PAT_sf; its linear layers are 1x1 convolutions, which our kernel does sooner than torch."""
+def _pack_self(
+    conv_weight: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        conv2d_pack(conv_weight),
+        conv2d_pack(qkv_weight[:, :, None, None], qkv_bias),
+        conv2d_pack(proj_weight[:, :, None, None], proj_bias),
+    )
 
-    def __init__(self, attention: DistanceAttention) -> None:
+
+class FoldedSelf(KeepsPacked):
+    """PAT_sf and its residual: z = x + cat(conv(x1), attention(LN(x2))), a `partial_conv2d` and a `partial_attention`.
+
+    The residual of x1 is in the convolution's weight; the norm's weight and bias are in those of q, k and v.
+    """
+
+    conv_weight: Tensor
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    proj_weight: Tensor
+    proj_bias: Tensor
+
+    def __init__(self, mixing: PATSelf) -> None:
         super().__init__()
-        self.num_heads, self.rpe_k = attention.num_heads, KeptBias(attention.rpe_k)
-        qkv, proj = attention.qkv.weight, attention.proj.weight
-        self.qkv = FoldedConv(_kept(qkv[:, :, None, None], qkv))
-        self.proj = FoldedConv(_kept(proj[:, :, None, None], proj), _kept(attention.proj.bias, proj))
+        attention, norm, like = mixing.attn, mixing.norm, mixing.partial_conv3.weight
+        weight = like.double().clone()
+        self.padding = weight.size(-1) // 2
+        eye = torch.eye(weight.size(0), dtype=weight.dtype, device=weight.device)
+        weight[:, :, self.padding, self.padding] += eye
+        qkv = attention.qkv.weight.double()
+        qkv_bias = qkv @ norm.bias.double()
+        if attention.qkv.bias is not None:
+            qkv_bias = qkv_bias + attention.qkv.bias.double()
+        self.register_buffer("conv_weight", _kept(weight, like))
+        self.register_buffer("qkv_weight", _kept(qkv * norm.weight.double(), like))
+        self.register_buffer("qkv_bias", _kept(qkv_bias, like))
+        self.register_buffer("proj_weight", _kept(attention.proj.weight, like))
+        self.register_buffer("proj_bias", _kept(attention.proj.bias, like))
+        self.start, self.num_heads, self.eps = mixing.dim_conv3, attention.num_heads, norm.eps
+        self.rpe_k = KeptBias(attention.rpe_k)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C', H, W] to the same shape, channels_last."""
-        batch, channels, height, width = x.shape
-        pixels = self.qkv(x).permute(0, 2, 3, 1)
-        heads = pixels.reshape(batch, height * width, 3, self.num_heads, channels // self.num_heads)
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self.rpe_k(height, width)[None])
-        back = mixed.transpose(1, 2).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
-        return self.proj(back)
+        """[B, C, H, W] to the same shape."""
+        conv_weight, qkv_weight, qkv_bias, proj_weight, proj_bias = _buffers(
+            self, "conv_weight", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias"
+        )
+        weights = qkv_weight, qkv_bias, proj_weight, proj_bias
+        packed = self.packed(_pack_self, conv_weight, *weights)
+        conv, qkv, proj = (None, None, None) if packed is None else packed
+        z = partial_conv2d(x, conv_weight, padding=self.padding, packed=conv)
+        mask = self.rpe_k(x.size(2), x.size(3))
+        return partial_attention(
+            z, self.start, *weights, mask, self.num_heads, eps=self.eps, qkv_packed=qkv, proj_packed=proj
+        )
 
 
 class FoldedSelfBlock(FoldedBlock):
     """A block with PAT_sf: z = x + cat(conv(x1), attention(LN(x2))), y = z + mlp(z).
 
-    The first residual is in the convolution's weight. The second is of z, which `partial_mlp` gives for a convolution
-    of one channel that changes nothing.
+    The second residual is of z, which `partial_mlp` gives for a convolution of one channel that changes nothing.
     """
 
     def __init__(self, block: PartialBlock) -> None:
         super().__init__(block)
-        mixing = block.spatial_mixing
-        assert isinstance(mixing, PATSelf)
-        weight = mixing.partial_conv3.weight.double()
-        centre = weight.size(-1) // 2
-        weight[:, :, centre, centre] += torch.eye(weight.size(0), dtype=weight.dtype, device=weight.device)
-        self.mixing = FoldedConv(_kept(weight, mixing.partial_conv3.weight), padding=centre)
-        self.norm, self.attn = mixing.norm, FoldedAttention(mixing.attn)
+        assert isinstance(block.spatial_mixing, PATSelf)
+        self.mixing = FoldedSelf(block.spatial_mixing)
 
     def _conv_weight(self, mixing: nn.Module) -> Tensor:
         assert isinstance(mixing, PATSelf)
@@ -260,9 +297,7 @@ class FoldedSelfBlock(FoldedBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to the same shape."""
-        mixed = self.mixing(x)
-        untouched = x[:, mixed.size(1) :]
-        return super().forward(torch.cat([mixed, untouched + self.attn(self.norm(untouched))], dim=1))
+        return super().forward(self.mixing(x))
 
 
 PIECE_BYTES = 16 << 20  # of the first stage's activations, but for whole images

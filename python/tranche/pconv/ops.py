@@ -26,6 +26,7 @@ def partial_conv2d(
     groups: int = 1,
     *,
     start: int = 0,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """Convolves the channels [start, start + c) and passes the others through (FasterNet's PConv, arXiv 2303.03667).
 
@@ -39,16 +40,17 @@ def partial_conv2d(
         stride, padding, dilation, groups: as `torch.nn.functional.conv2d` takes them, padding with zeros; together
             they must keep H and W.
         start: the first channel of the slice. It and c are values, not constants: changing them compiles nothing anew.
+        packed: what `conv2d_pack` made of weight and bias, which are then not read: the same bits sooner.
 
     Returns:
         [B, C, H, W] in the memory format of x. Differentiable, twice too.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or number, or arguments that would change H, W or the channels.
+        ValueError: a wrong shape, dtype, device or number, or arguments that would change H, W or the channels; packed
+            made of other weights or for another processor.
     """
-    return _library.call(
-        "partial_conv2d", x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups, start
-    )
+    geometry = _pair(stride), _pair(padding), _pair(dilation)
+    return _library.call("partial_conv2d", x, weight, bias, *geometry, groups, start, packed)
 
 
 def partial_conv2d_(
@@ -61,18 +63,18 @@ def partial_conv2d_(
     groups: int = 1,
     *,
     start: int = 0,
+    packed: Tensor | None = None,
 ) -> None:
     """As `partial_conv2d`, on x itself: the other channels are neither read nor written.
 
     Every output is computed from the old x, whatever the order of the work.
 
     Raises:
-        ValueError: as `partial_conv2d`; or elements of x share memory with one another, with weight or with bias.
+        ValueError: as `partial_conv2d`; or elements of x share memory with one another, with weight, bias or packed.
         RuntimeError: a tensor requires grad: the backward pass needs the x that is overwritten.
     """
-    _library.call_inplace(
-        "partial_conv2d_", x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups, start
-    )
+    geometry = _pair(stride), _pair(padding), _pair(dilation)
+    _library.call_inplace("partial_conv2d_", x, weight, bias, *geometry, groups, start, packed)
 
 
 def conv2d_slice(
@@ -111,13 +113,13 @@ def conv2d_pack(
     dilation: Pair = 1,
     groups: int = 1,
 ) -> Tensor:
-    """The weights of `conv2d_slice` in the order in which its CPU kernel reads them, which else every call sets up.
+    """The weights of a convolution in the order in which the CPU kernel reads them, which else every call sets up.
 
     They serve x of any size, padding and `start`, and hold for this processor's instruction set: keep the weights, and
     make this anew wherever they are loaded. It does not follow changes of weight and bias.
 
     Args:
-        weight, bias, stride, dilation, groups: as for `conv2d_slice`.
+        weight, bias, stride, dilation, groups: as for `conv2d_slice`, `partial_conv2d` and `partial_conv2d_`.
 
     Returns:
         [bytes] uint8, opaque, for the argument `packed`; on CUDA, where weights are read as they lie, without elements.
@@ -270,7 +272,71 @@ def channel_gate(x: Tensor, start: int, weight: Tensor, bias: Tensor) -> Tensor:
     return _library.call("channel_gate", x, start, weight, bias)
 
 
+def partial_attention(
+    x: Tensor,
+    start: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    bias: Tensor,
+    num_heads: int,
+    *,
+    eps: float = 1e-6,
+    qkv_packed: Tensor | None = None,
+    proj_packed: Tensor | None = None,
+) -> Tensor:
+    """The channels from `start` on attend to those of the image's other pixels; the first ones pass through: PAT_sf.
+
+    With n = C - start, x2 = x[:, start:] and normed its pixels less their mean, over sqrt(variance + eps):
+
+        q, k, v = qkv_weight normed + qkv_bias, n channels each, of heads of d = n / num_heads
+        y[:, start:] = x2 + proj_weight softmax(q k^T / sqrt(d) + bias) v + proj_bias
+
+    and y[:, :start] equals x bit for bit. A LayerNorm's weight and bias belong into qkv_weight and qkv_bias.
+
+    Args:
+        x: [B, C, H, W], any strides; float32, float16 or bfloat16 (float64 on the CPU). Sums are float32 (float64).
+        start: the first channel that is attended, 0..C - 1.
+        qkv_weight: [3 n, n], without gaps and of the dtype of x, as all tensors are: that of a `torch.nn.Linear`.
+        qkv_bias: [3 n].
+        proj_weight: [n, n].
+        proj_bias: [n].
+        bias: [num_heads, H W, H W], for all images: query by key.
+        num_heads: a divisor of n.
+        eps: of the normalisation.
+        qkv_packed, proj_packed: what `conv2d_pack(weight[:, :, None, None], bias)` made of either layer, which are then
+            not read: the same bits sooner.
+
+    Returns:
+        [B, C, H, W] in the memory format of x. Between its steps pixels have the dtype of x. Differentiable, twice too,
+        by torch's matmuls.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or number; packed weights made of others or for another processor.
+    """
+    weights = qkv_weight, qkv_bias, proj_weight, proj_bias, bias
+    return _library.call("partial_attention", x, start, *weights, num_heads, eps, qkv_packed, proj_packed)
+
+
 _library.register_inplace("partial_conv2d_")
+
+
+@_library.register_fake("partial_attention")
+def _(
+    x: Tensor,
+    start: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    bias: Tensor,
+    num_heads: int,
+    eps: float = 1e-6,
+    qkv_packed: Tensor | None = None,
+    proj_packed: Tensor | None = None,
+) -> Tensor:
+    return torch.empty_like(x)
 
 
 @_library.register_fake("partial_mlp")
@@ -335,6 +401,7 @@ def _(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     start: int = 0,
+    packed: Tensor | None = None,
 ) -> Tensor:
     return torch.empty_like(x)
 
@@ -349,6 +416,7 @@ def _(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     start: int = 0,
+    packed: Tensor | None = None,
 ) -> None:
     return None
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from tranche import _library
 
+_Packed = TypeVar("_Packed")
+
 
 class _Kept(NamedTuple):
     weights: list[tuple[weakref.ref[Tensor], int, int | None]]
-    packed: Tensor
+    packed: Any
 
     def is_of(self, weights: list[Tensor]) -> bool:
         """Whether these are the weights, with the memory and the version they had."""
@@ -49,7 +51,7 @@ class KeepsPacked(nn.Module):
 
     _kept: _Kept | None = None
 
-    def packed(self, pack: Callable[..., Tensor], *weights: Tensor | None, **options: Any) -> Tensor | None:
+    def packed(self, pack: Callable[..., _Packed], *weights: Tensor | None, **options: Any) -> _Packed | None:
         """pack(*weights, **options), kept; none where kernels take weights as they lie."""
         if _is_watched() or _library.active() != _library.NAMESPACES[0]:
             return None
@@ -64,8 +66,9 @@ class KeepsPacked(nn.Module):
         except RuntimeError:  # what a transform wraps has no memory of its own
             return None
         with torch.inference_mode(False), torch.no_grad():
-            kept = self._kept = _Kept(states, pack(*weights, **options))
-        return kept.packed
+            made = pack(*weights, **options)
+        self._kept = _Kept(states, made)
+        return made
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._kept = None

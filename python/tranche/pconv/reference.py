@@ -62,6 +62,7 @@ def partial_conv2d(
     groups: int = 1,
     *,
     start: int = 0,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """See `tranche.pconv.partial_conv2d`."""
     stop = start + groups * weight.size(1)
@@ -115,3 +116,27 @@ def channel_stats(x: Tensor, start: int) -> tuple[Tensor, Tensor]:
 def channel_gate(x: Tensor, start: int, weight: Tensor, bias: Tensor) -> Tensor:
     """See `tranche.pconv.channel_gate`."""
     return F.hardsigmoid(F.linear(torch.cat(channel_stats(x, start), dim=1), weight, bias))
+
+
+def partial_attention(
+    x: Tensor,
+    start: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    bias: Tensor,
+    num_heads: int,
+    *,
+    eps: float = 1e-6,
+    qkv_packed: Tensor | None = None,
+    proj_packed: Tensor | None = None,
+) -> Tensor:
+    """See `tranche.pconv.partial_attention`."""
+    pixels = x[:, start:].flatten(2).mT
+    normed = F.layer_norm(pixels, pixels.shape[2:], eps=eps)
+    heads = F.linear(normed, qkv_weight, qkv_bias).unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = heads.unbind(0)
+    weights = torch.softmax(q @ k.mT / q.size(-1) ** 0.5 + bias, dim=-1)
+    mixed = F.linear((weights @ v).transpose(1, 2).flatten(2), proj_weight, proj_bias)
+    return torch.cat([x[:, :start], (pixels + mixed).mT.unflatten(2, x.shape[2:])], dim=1)
