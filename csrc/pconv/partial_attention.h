@@ -14,10 +14,9 @@ struct PartialAttentionParams {
   const void* x;     // [B, C, H, W]
   const void* bias;  // [heads, HW, HW], contiguous
   void* pixels;      // [B, H, W, n], contiguous: normalised, later attended to
-  void*
-      products;  // [B, H, W, 3 n], contiguous: q, k and v, of heads of d each; later [B, H, W, n]: projected
-  void* y;       // [B, C, H, W] out
-  void* workspace;  // partial_attention_workspace(params) bytes
+  void* products;    // [B, H, W, 3 n], contiguous: q, k, v, heads of d each; later [B, H, W, n]: projected
+  void* y;           // [B, C, H, W] out
+  void* workspace;   // partial_attention_workspace(params) bytes
 
   int64_t x_stride[4], y_stride[4];
   int64_t height, width;

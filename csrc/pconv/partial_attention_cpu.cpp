@@ -5,48 +5,35 @@
 // that of partial_attention_mix_cpu.h.
 #include "core/dispatch.h"
 #include "core/isa.h"
+#include "pconv/lanes_cpu.h"
 #include "pconv/partial_attention_mix_cpu.h"
 
 namespace tranche::cpu::TRANCHE_ISA {
 
 namespace {
 
-constexpr int kLanes = 16;
 constexpr int64_t kTaskPixels = 64, kBlockPixelsOfRows = 16;
 constexpr int64_t kWorthThreads = 65536;  // elements
 
-template <class A>
-struct Row {
-  typedef A Lanes __attribute__((vector_size(kLanes * sizeof(A))));
-
-  // The sum of f(16 elements) over a row, whose length is a multiple of 16.
-  template <class F>
-  TRANCHE_INLINE A sum(const A* row, int64_t n, const F& f) {
-    Lanes sums = {};
-    for (int64_t c = 0; c < n; c += kLanes) {
-      Lanes x;
-      __builtin_memcpy(&x, row + c, sizeof x);
-      f(x, sums);
-    }
-    A lanes[kLanes];
-    __builtin_memcpy(lanes, &sums, sizeof lanes);
-#pragma GCC unroll 4
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    }
-    return lanes[0];
+// The sum of what f adds for each 16 elements of a row, whose length is a multiple of that.
+template <class A, class F>
+TRANCHE_INLINE A sum_of_row(const A* row, int64_t n, const F& f) {
+  typename LanesOf<A>::type x, sums = {};
+  for (int64_t c = 0; c < n; c += kLanes) {
+    __builtin_memcpy(&x, row + c, sizeof x);
+    f(x, sums);
   }
-};
+  return sum_of<A>(sums);
+}
 
 // row = (row - mean) / sqrt(var + eps) of n elements, after which zeros fill up a multiple of 16.
 template <class A>
 TRANCHE_INLINE void normalise(A* row, int64_t n, A eps) {
-  using Lanes = typename Row<A>::Lanes;
+  using Lanes = typename LanesOf<A>::type;
   const int64_t whole = round_up(n, kLanes);
-  const A mean = Row<A>::sum(row, whole, [](const Lanes& x, Lanes& sum) { sum += x; }) / A(n);
+  const A mean = sum_of_row<A>(row, whole, [](const Lanes& x, Lanes& sum) { sum += x; }) / A(n);
   for (int64_t c = n; c < whole; ++c) row[c] = mean;  // no distance from it
-  const A square = Row<A>::sum(row, whole, [&](const Lanes& x, Lanes& sum) {
+  const A square = sum_of_row<A>(row, whole, [&](const Lanes& x, Lanes& sum) {
     const Lanes apart = x - mean;
     sum += apart * apart;
   });

@@ -300,31 +300,29 @@ class FoldedSelfBlock(FoldedBlock):
         return super().forward(self.mixing(x))
 
 
-PIECE_BYTES = 16 << 20  # of the first stage's activations, but for whole images
-FREED_BYTES = 31 << 20  # a block whose freeing has the allocator keep twice as much
+WHOLE_BYTES = 16 << 20  # of a stage's activations: of more, pieces of half that are taken, but for whole images
 
 
 class FoldedNet(PartialNet):
-    """A `PartialNet` of folded parts. On the CPU it takes a batch of large activations in pieces, which stay in the last
-    cache, and in memory that the process keeps.
+    """A `PartialNet` of folded parts. On the CPU the stages whose activations are large take a batch in pieces.
 
-    What is freed goes back to the system once there is more of it than twice the largest block freed before, and comes
-    back page by page as zeros: of 16 images of PartialNet-T2, some 10,000 pages, a twentieth of the time. glibc looks at
-    blocks up to 32 MiB; one that nobody touches will do.
+    Those stay in the last cache, and the allocator uses their memory again: large ones it gives back to the system, and
+    gets page by page as zeros. The other stages take the batch whole, and read their weights once.
     """
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] to the last stage's [B, num_features, H', W']."""
         if torch.compiler.is_compiling() or not x.is_cpu or x.dim() != 4:
             return super().forward_features(x)
-        pixels = x.numel() // (self.in_chans * self.patch_size**2)
-        largest = pixels * self.feature_info[0]["num_chs"] * x.element_size()
-        if largest > PIECE_BYTES // 16:
-            torch.empty(FREED_BYTES, dtype=torch.uint8)
-        if largest <= PIECE_BYTES:
+        self._check_input(x)
+        plane = x.numel() // self.in_chans * x.element_size()
+        sizes = [plane * stage["num_chs"] // stage["reduction"] ** 2 for stage in self.feature_info]
+        if sizes[0] <= WHOLE_BYTES:
             return super().forward_features(x)
-        pieces = x.chunk(-(-largest // PIECE_BYTES))
-        return torch.cat([super(FoldedNet, self).forward_features(piece) for piece in pieces])
+        first = 2 * sum(2 * size > WHOLE_BYTES for size in sizes)  # a stage each, and what reduces its result
+        pieces = x.chunk(-(-2 * sizes[0] // WHOLE_BYTES))
+        reduced = [self.stages[:first](self.patch_embed(piece)) for piece in pieces]
+        return self.stages[first:](torch.cat(reduced))
 
 
 def _folded(module: nn.Module) -> nn.Module | None:
