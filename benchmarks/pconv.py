@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import pconv_network
+from benchmarks import pconv_attention, pconv_network
 from benchmarks.harness import Row, Workload
 from tranche.pconv import conv2d_slice_weight_grad, partial_conv2d, partial_conv2d_, partial_mlp, reference
 
@@ -210,4 +210,4 @@ def rows(device: str) -> list[Row]:
                         shape = (batch, embedding << stage, 56 >> stage)
                         name = f"partialnet-{model}.{stage + 1}"
                         result.append(row(op, name, shape, "bf16", layout, device, barred=False))
-    return result + pconv_network.rows(device)
+    return result + pconv_attention.rows(device) + pconv_network.rows(device)
