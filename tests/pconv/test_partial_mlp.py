@@ -127,6 +127,27 @@ def test_deep(backend, name):
         assert_correct(block, block.run())
 
 
+def gelu(x: Tensor) -> Tensor:
+    """Of single pixels [B], by a block that does nothing else."""
+    unchanged, one, nothing = torch.zeros(1, 1, 3, 3), torch.ones(1, 1), torch.zeros(1)
+    unchanged[..., 1, 1] = 1
+    images = x[:, None, None, None]
+    return partial_mlp(images, unchanged, one, nothing, one, nothing, activation="gelu", residual=False).flatten()
+
+
+def test_gelu_keeps_its_digits_on_both_sides():
+    """Negative results are no differences of large numbers: they are right to their own size, as far as -13."""
+    x = torch.linspace(-13, 13, 4097)
+    want = x.double() / 2 * torch.special.erfc(-x.double() / 2**0.5)
+    assert ((gelu(x).double() - want).abs() <= 6e-7 * (1 + x.double() ** 2 / 4) * want.abs()).all()
+
+
+def test_gelu_at_the_ends():
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -20.0, 20.0, 3e38, -3e38])
+    want = torch.tensor([torch.inf, 0.0, torch.nan, 0.0, 0.0, 20.0, 3e38, 0.0])
+    torch.testing.assert_close(gelu(x), want, rtol=0, atol=0, equal_nan=True)
+
+
 def test_every_seed_of_the_simulator():
     block = make_block(
         size=(9, 17),
