@@ -132,7 +132,9 @@ def gelu(x: Tensor) -> Tensor:
     unchanged, one, nothing = torch.zeros(1, 1, 3, 3), torch.ones(1, 1), torch.zeros(1)
     unchanged[..., 1, 1] = 1
     images = x[:, None, None, None]
-    return partial_mlp(images, unchanged, one, nothing, one, nothing, activation="gelu", residual=False).flatten()
+    return partial_mlp(
+        images, unchanged, one, nothing, one, nothing, activation="gelu", residual=False
+    ).flatten()
 
 
 def test_gelu_keeps_its_digits_on_both_sides():

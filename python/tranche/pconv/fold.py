@@ -300,7 +300,9 @@ class FoldedSelfBlock(FoldedBlock):
         return super().forward(self.mixing(x))
 
 
-WHOLE_BYTES = 16 << 20  # of a stage's activations: of more, pieces of half that are taken, but for whole images
+WHOLE_BYTES = (
+    16 << 20
+)  # of a stage's activations: of more, pieces of half that are taken, but for whole images
 
 
 class FoldedNet(PartialNet):
