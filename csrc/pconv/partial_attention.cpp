@@ -47,6 +47,7 @@ Tensor partial_attention(const Tensor& x, int64_t start, const Tensor& qkv_weigh
                          const std::optional<Tensor>& proj_packed) {
   const TensorChecks check("partial_attention");
   check_images(check, x);
+  check.that(x.size(1) > 0, "x with channels", shape_text(x), "Some of them are attended.");
   check.that(start >= 0 && start < x.size(1),
              concat("start in [0, x.size(1) - 1] = [0, ", x.size(1) - 1, "]"), start,
              "The channels from start on are attended, at least one.");
@@ -55,7 +56,7 @@ Tensor partial_attention(const Tensor& x, int64_t start, const Tensor& qkv_weigh
   check.that(num_heads >= 1 && n % num_heads == 0,
              concat("num_heads >= 1 that divides x.size(1) - start (", n, ")"), num_heads,
              "Every head has as many channels.");
-  check.that(eps >= 0 && eps <= 1e30, "eps >= 0", eps, "It is added to variances.");
+  check.that(eps >= 0 && eps <= 1e30, "eps in [0, 1e30]", eps, "It is added to variances.");
   check.that(3 * n <= INT32_MAX && pixels <= INT32_MAX, "3 (C - start) and H W below 2^31", shape_text(x),
              "Cut the input in pieces.");
   check.exactly("qkv_weight", qkv_weight, type, {3 * n, n}, "[3 (C - start), C - start]", "x", x);

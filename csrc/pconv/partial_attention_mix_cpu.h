@@ -55,13 +55,13 @@ TRANCHE_INLINE float sum_of_lanes(Vec x) {
 template <class T>
 TRANCHE_INLINE float softmax_row(float* scores, int64_t step, int64_t n, const T* bias, float factor) {
   constexpr float kLog2e = 1.44269504088896341f;
-  const Vec scale = vset(factor * kLog2e), log2e = vset(kLog2e), nothing = vset(-kInf);
+  const Vec scale = vset(factor), nothing = vset(-kInf);
   const int64_t end = round_up(n, most<int64_t>(kSegment, kWidth));
   const auto at = [&](int64_t i) { return scores + i / kPanel * step + i % kPanel; };
   Vec top = nothing;
   for (int64_t i = 0; i < end; i += kWidth) {
     const int64_t live = n - i;
-    Vec s = vfma(vload(at(i)), scale, vmul(load_some(bias + i, live), log2e));
+    Vec s = vfma(vload(at(i)), scale, load_some(bias + i, live));
     if (live < kWidth) s = vselect(mask_of_bits((1u << most<int64_t>(live, 0)) - 1u), s, nothing);
     vstore(at(i), s);
     top = vmax(s, top);  // NaN is passed by: it comes back below
@@ -69,7 +69,8 @@ TRANCHE_INLINE float softmax_row(float* scores, int64_t step, int64_t n, const T
   const Vec base = vset(largest_lane(top));
   Vec sums = vset(0.0f);
   for (int64_t i = 0; i < end; i += kWidth) {
-    const Vec e = vexp2<6>(vsub(vload(at(i)), base));
+    // not sooner by log2 e: what hides a key may be the lowest number there is
+    const Vec e = vexp2<6>(vmul(vsub(vload(at(i)), base), vset(kLog2e)));
     vstore(at(i), e);
     sums = vadd(sums, e);
   }

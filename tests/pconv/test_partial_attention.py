@@ -180,6 +180,19 @@ def test_large_scores(backend):
     assert_correct(case, case.run())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_lowest_number_hides_too(backend, dtype):
+    """As masks of the largest finite numbers are written: all keys of a query alike, some of them, one alone."""
+    case = draw(1, 10, 5, 8, start=2, heads=2, dtype=dtype, device=backend.device)
+    lowest = torch.finfo(dtype).min
+    case.weights[4][:, 3] = lowest
+    case.weights[4][:, 4, :35] = lowest
+    case.weights[4][:, 5, 7] = -lowest
+    got = case.run()
+    assert got.isfinite().all()
+    assert_correct(case, got)
+
+
 def test_small_and_empty(backend):
     for shape in ((0, 6, 3, 3), (2, 6, 0, 3), (2, 6, 3, 0)):
         case = draw(*shape, start=2, heads=2, device=backend.device)
@@ -242,8 +255,8 @@ def test_bad_arguments(backend):
         refused(r"start in \[0, x.size\(1\) - 1\]", replace(case, start=start))
     for heads in (0, 3, -1):
         refused(r"num_heads >= 1 that divides x.size\(1\) - start \(8\)", replace(case, heads=heads))
-    for eps in (-1e-6, float("nan")):
-        refused("eps >= 0", eps=eps)
+    for eps in (-1e-6, float("nan"), float("inf")):
+        refused(r"eps in \[0, 1e30\]", eps=eps)
     names = "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "bias"
     for i, name in enumerate(names):
         for wrong, what in (
@@ -257,6 +270,7 @@ def test_bad_arguments(backend):
     strided = case.weights[0].T.contiguous().T
     refused("a contiguous qkv_weight", replace(case, weights=[strided, *case.weights[1:]]))
     refused("start in", replace(case, x=case.x[:, :2]))
+    refused("x with channels", replace(case, x=case.x[:, :0]))
 
 
 def test_bad_packed():

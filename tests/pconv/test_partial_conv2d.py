@@ -217,6 +217,26 @@ def test_any_number_of_threads(dtype):
 @pytest.mark.parametrize(
     "options",
     [
+        {"width": 1024, "kernel": (1, 1)},
+        {"width": 2048, "kernel": (1, 1)},
+        {"width": 512, "kernel": (2, 2), "stride": 2, "padding": 0},
+        {"width": 1024, "kernel": (3, 3), "groups": 2},
+    ],
+)
+def test_pixels_4_kb_apart(dtype, options):
+    """They are spread where they are packed, and the bits are those of a pixel alone."""
+    channels = options["width"] * options.get("groups", 1)
+    case = make_case(shape=(2, channels, 4, 6), out=20, dtype=dtype, channels_last=True, **options)
+    want = case.run(conv2d_slice)
+    assert_correct(case, want, "conv2d_slice")
+    case.x = case.x[1:]
+    assert same_bits(case.run(conv2d_slice), want[1:])
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize(
+    "options",
+    [
         {"kernel": (1, 1), "width": 256},
         {"groups": 2},
         {"stride": 2, "out": 130},

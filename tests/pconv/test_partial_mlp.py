@@ -100,6 +100,9 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "two chunks convolved": {"channels": 72, "width": 18, "hidden": 40, "spatial": True},
     "half convolved": {"channels": 48, "width": 33, "hidden": 16, "gated": True, "spatial": True},
     "wide": {"channels": 136, "width": 34, "hidden": 48, "spatial": True, "batch": 1},
+    # rows of so many KB that they are spread
+    "4 KB apart": {"channels": 16, "width": 4, "hidden": 1024, "gated": True},
+    "4 KB apart in bf16": {"channels": 16, "width": 4, "hidden": 2048},
 }
 # On CUDA, weights that pass through shared memory because they do not fit.
 STREAMED: dict[str, dict[str, Any]] = {

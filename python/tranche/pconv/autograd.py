@@ -258,7 +258,7 @@ def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     channels = normed.size(2)
     q, k, v = (split(t) for t in F.linear(normed, qkv_weight, qkv_bias).split(channels, dim=2))
     factor = q.size(3) ** -0.5
-    weights = torch.softmax(q @ k.mT * factor + bias, dim=3)
+    weights = torch.softmax(q * factor @ k.mT + bias, dim=3)
     mixed = (weights @ v).transpose(1, 2).flatten(2)
 
     out_grad = grad[:, start:].flatten(2).mT

@@ -300,16 +300,16 @@ class FoldedSelfBlock(FoldedBlock):
         return super().forward(self.mixing(x))
 
 
-WHOLE_BYTES = (
-    16 << 20
-)  # of a stage's activations: of more, pieces of half that are taken, but for whole images
+# Where the first stage's activations are more, it and others take a batch in pieces of half as much, or one image.
+WHOLE_BYTES = 16 << 20
 
 
 class FoldedNet(PartialNet):
     """A `PartialNet` of folded parts. On the CPU the stages whose activations are large take a batch in pieces.
 
     Those stay in the last cache, and the allocator uses their memory again: large ones it gives back to the system, and
-    gets page by page as zeros. The other stages take the batch whole, and read their weights once.
+    gets page by page as zeros. The other stages take the batch whole, and read their weights once. `stages` itself is
+    then not called, only its parts are.
     """
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -323,8 +323,8 @@ class FoldedNet(PartialNet):
             return super().forward_features(x)
         first = 2 * sum(2 * size > WHOLE_BYTES for size in sizes)  # a stage each, and what reduces its result
         pieces = x.chunk(-(-2 * sizes[0] // WHOLE_BYTES))
-        reduced = [self.stages[:first](self.patch_embed(piece)) for piece in pieces]
-        return self.stages[first:](torch.cat(reduced))
+        early, late = self.stages[:first], self.stages[first:]
+        return late(torch.cat([early(self.patch_embed(piece)) for piece in pieces]))
 
 
 def _folded(module: nn.Module) -> nn.Module | None:

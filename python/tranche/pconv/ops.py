@@ -304,7 +304,7 @@ def partial_attention(
         proj_bias: [n].
         bias: [num_heads, H W, H W], for all images: query by key.
         num_heads: a divisor of n.
-        eps: of the normalisation.
+        eps: of the normalisation, 0..1e30.
         qkv_packed, proj_packed: what `conv2d_pack(weight[:, :, None, None], bias)` made of either layer, which are then
             not read: the same bits sooner.
 
