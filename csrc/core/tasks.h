@@ -1,20 +1,32 @@
 // Tasks shared out as workers come to them.
 #pragma once
 
+#include <cstddef>
+
 #include "core/parallel.h"
 
 namespace tranche {
 
-// f(task, slot) for each task in [0, tasks), each by whichever of `slots` workers comes to it first: a worker
-// whose processor has other things to do holds nobody up. `slot` is that of the worker, for scratch memory.
+// f(task, slot) for each task in [0, tasks). A worker begins with its own part, the same whenever the numbers
+// are: what one op wrote, or read, the next one finds in that processor's cache. Whoever is done helps the
+// others, so that a worker whose processor has other things to do holds nobody up. `slot` is that of the
+// worker, for scratch memory.
 template <class F>
 inline void parallel_tasks(int64_t tasks, int64_t slots, const F& f) {
-  int64_t next = 0;
+  struct alignas(64) Part {  // a line of the cache each
+    int64_t next, end;
+  };
+  Part* parts =
+      static_cast<Part*>(__builtin_alloca_with_align(sizeof(Part) * std::size_t(slots), 8 * alignof(Part)));
+  for (int64_t i = 0; i < slots; ++i) parts[i] = {tasks * i / slots, tasks * (i + 1) / slots};
   parallel_for(slots, [&](int64_t slot) {
-    for (;;) {
-      const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (task >= tasks) break;
-      f(task, slot);
+    for (int64_t i = 0; i < slots; ++i) {
+      Part& part = parts[(slot + i) % slots];
+      for (;;) {
+        const int64_t task = __atomic_fetch_add(&part.next, 1, __ATOMIC_RELAXED);
+        if (task >= part.end) break;
+        f(task, slot);
+      }
     }
   });
 }

@@ -115,7 +115,7 @@ class WeightGradient {
       Arena memory(scratch_ + slot * scratch_bytes_);
       const Scratch s = scratch(memory);
       // which chunk this worker takes next is a guess
-      const int64_t index = task / parts_, next = (task + slots_) / parts_;
+      const int64_t index = task / parts_, next = (task + 1) / parts_;
       Lines ahead;
       if (next > index && next < chunks_ && !depthwise_)
         ahead = lines_of(next, part_of(task % parts_), s.lines);

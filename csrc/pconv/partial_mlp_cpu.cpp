@@ -204,7 +204,7 @@ class PartialMlp {
       Ahead y = memory_of(tile, p_.y, p_.y_stride, first_.asks(pixels));
       for (int64_t panel = 0; panel < panels(p_.hidden); ++panel) hidden(pixels, panel, s, s.sums, &y);
       if (p_.spatial_weight) scores(0, pixels, s);
-      Ahead x = memory_of(tile_at(task + slots_), p_.x, p_.x_stride, second_.asks(pixels));
+      Ahead x = memory_of(tile_at(task + 1), p_.x, p_.x_stride, second_.asks(pixels));
       for (int64_t panel = 0; panel < panels(p_.channels); ++panel) outputs(tile, panel, s, s, &x);
     });
   }
