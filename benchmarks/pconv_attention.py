@@ -15,10 +15,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEADS = 4
 # (channels, the first that is attended, pixels a side): the last stages of PartialNet at 224, and one of detection
 SHAPES = {"t0": (256, 64, 7), "t2": (512, 128, 7), "t0 at 896": (256, 64, 28)}
+BATCHES = {"t0": (1, 32), "t2": (1, 32), "t0 at 896": (1,)}
 
 
 class Attention:
-    """Rotating images and layers, both in channels_last: a layer serves one network in one place."""
+    """Rotating images in channels_last, and rotating layers."""
 
     def __init__(self, name: str, batch: int, dtype: torch.dtype, device: str, buffers: int) -> None:
         channels, self.start, side = SHAPES[name]
@@ -102,10 +103,10 @@ def row(name: str, batch: int, dtype: str, device: str) -> Row:
 
 def rows(device: str) -> list[Row]:
     """One image and many; on a GPU in 16 bits."""
-    names = [(name, batch) for name in SHAPES for batch in ((1,) if "at" in name else (1, 32))]
     return [
         row(name, batch, dtype, device)
-        for name, batch in names
+        for name, batches in BATCHES.items()
+        for batch in batches
         for dtype in DTYPES
         if device == "cpu" or dtype == "bf16"
     ]

@@ -1,7 +1,7 @@
 // tranche::conv2d_slice_weight_grad: schema, checks, allocation.
 #include "pconv/conv2d_slice_weight_grad.h"
 
-#include "core/torch_glue.h"
+#include "pconv/image_glue.h"
 
 namespace tranche {
 namespace {
@@ -32,17 +32,11 @@ void check_output_size(const TensorChecks& check, const Tensor& grad_y, const Te
 Tensor conv2d_slice_weight_grad(const Tensor& grad_y, const Tensor& x, IntList weight_size, IntList stride,
                                 IntList padding, IntList dilation, int64_t groups, int64_t start) {
   const TensorChecks check("conv2d_slice_weight_grad");
-  check.dim("x", x, 4, "[B, C, H, W]");
-#if defined(TRANCHE_BACKEND_CPU)
-  check.dtype("x", x, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double});
-#else
-  check.dtype("x", x, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
-#endif
+  check_images(check, x);
   check.dim("grad_y", grad_y, 4, "[B, c_out, H', W']");
   check.dtype("grad_y", grad_y, {x.scalar_type()});
   check.same_device("grad_y", grad_y, "x", x);
   for (int i = 0; i < 4; ++i) {
-    check.that(x.size(i) <= INT32_MAX, "sizes of x below 2^31", shape_text(x), "Cut the input in pieces.");
     check.that(grad_y.size(i) <= INT32_MAX, "sizes of grad_y below 2^31", shape_text(grad_y),
                "Cut the input in pieces.");
   }

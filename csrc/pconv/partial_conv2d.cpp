@@ -1,4 +1,5 @@
 // tranche::partial_conv2d, partial_conv2d_, conv2d_slice and conv2d_pack: schemas, checks, allocation.
+#include "pconv/image_glue.h"
 #include "pconv/partial_conv2d_glue.h"
 
 namespace tranche {
@@ -24,11 +25,7 @@ void check_pair(const TensorChecks& check, Phrase name, const IntList& values, i
 
 // What is to be known of the weight alone; `like`, called `name`, has its dtype and device.
 void check_weight(const TensorChecks& check, const Arguments& a, Phrase name, const Tensor& like) {
-#if defined(TRANCHE_BACKEND_CPU)
-  check.dtype(name, like, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double});
-#else
-  check.dtype(name, like, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
-#endif
+  check_floats(check, name, like);
   check.dim("weight", a.weight, 4, "[c_out, c / groups, kh, kw]");
   check.dtype("weight", a.weight, {like.scalar_type()});
   check.same_device("weight", a.weight, name, like);

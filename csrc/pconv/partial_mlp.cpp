@@ -1,7 +1,7 @@
 // tranche::partial_mlp and partial_mlp_pack: schemas, checks, allocation.
 #include "pconv/partial_mlp.h"
 
-#include "core/torch_glue.h"
+#include "pconv/image_glue.h"
 #include "pconv/packed.h"
 
 namespace tranche {
@@ -28,11 +28,7 @@ struct Weights {
 // `like`, called `name`, has the weights' dtype and device.
 void check_weights(const TensorChecks& check, const Weights& w, int64_t channels, Phrase name,
                    const Tensor& like) {
-#if defined(TRANCHE_BACKEND_CPU)
-  check.dtype(name, like, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Double});
-#else
-  check.dtype(name, like, {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16});
-#endif
+  check_floats(check, name, like);
   const ScalarType type = like.scalar_type();
   check.dim("conv_weight", w.conv_weight, 4, "[c, c, 3, 3]");
   const int64_t convolved = w.convolved();

@@ -87,6 +87,7 @@ template <class K>
 TRANCHE_INLINE int64_t units(int64_t elements) {
   return (elements + K::kPair - 1) / K::kPair;
 }
+
 // `units` of a pixel, or some more so that every `step`-th pixel lies at another place of the first-level
 // cache: a product takes several together, which 4 KB apart would share one set of it and drive each other
 // out.
@@ -95,6 +96,7 @@ TRANCHE_INLINE int64_t spread(int64_t units, int64_t step = 1) {
   constexpr int64_t kLine = 64 / sizeof(Unit), kSets = 4096 / sizeof(Unit);
   return units * step % kSets == 0 ? units + kLine : units;
 }
+
 TRANCHE_INLINE int64_t panels(int64_t outputs) { return (outputs + kPanel - 1) / kPanel; }
 
 // One panel of outputs for `runs` runs of equally spaced pixels.
