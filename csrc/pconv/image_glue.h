@@ -14,12 +14,16 @@ inline void check_floats(const TensorChecks& check, Phrase name, const Tensor& t
 #endif
 }
 
-inline void check_images(const TensorChecks& check, const Tensor& x) {
+inline void check_image_shape(const TensorChecks& check, const Tensor& x) {
   check.dim("x", x, 4, "[B, C, H, W]");
-  check_floats(check, "x", x);
   for (int i = 0; i < 4; ++i) {
     check.that(x.size(i) <= INT32_MAX, "sizes of x below 2^31", shape_text(x), "Cut the input in pieces.");
   }
+}
+
+inline void check_images(const TensorChecks& check, const Tensor& x) {
+  check_image_shape(check, x);
+  check_floats(check, "x", x);
 }
 
 }  // namespace tranche

@@ -47,11 +47,7 @@ void check_weight(const TensorChecks& check, const Arguments& a, Phrase name, co
 }
 
 void check_arguments(const TensorChecks& check, const Arguments& a) {
-  check.dim("x", a.x, 4, "[B, C, H, W]");
-  for (int i = 0; i < 4; ++i) {
-    check.that(a.x.size(i) <= INT32_MAX, "sizes of x below 2^31", shape_text(a.x),
-               "Cut the input in pieces.");
-  }
+  check_image_shape(check, a.x);
   check_weight(check, a, "x", a.x);
   const int64_t width = a.weight.size(1) * a.groups;
   check.that(a.start >= 0 && a.start + width <= a.x.size(1),

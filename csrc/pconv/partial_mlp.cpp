@@ -100,10 +100,7 @@ Tensor partial_mlp(const Tensor& x, const Tensor& conv_weight, const Tensor& w1,
                    const std::optional<Tensor>& spatial_weight, const std::optional<Tensor>& spatial_bias,
                    bool residual, const std::optional<Tensor>& packed) {
   const TensorChecks check("partial_mlp");
-  check.dim("x", x, 4, "[B, C, H, W]");
-  for (int i = 0; i < 4; ++i) {
-    check.that(x.size(i) <= INT32_MAX, "sizes of x below 2^31", shape_text(x), "Cut the input in pieces.");
-  }
+  check_image_shape(check, x);
   const Weights weights{conv_weight, w1, b1, w2, b2};
   const int64_t channels = x.size(1);
   check_weights(check, weights, channels, "x", x);
